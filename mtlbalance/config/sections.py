@@ -1,0 +1,71 @@
+"""The sections of a run's config that belong to no plugin: ``[run]`` and ``[training]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of the fixed sections: unknown keys are errors, values cannot change, numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """``[run]``: what the run is called, where it goes and on what it runs; no option decides the result
+    except ``seed`` and ``deterministic``.
+    """
+
+    name: str = Field(
+        min_length=1, pattern=r"^[\w.-]+$", description="folder name; default: the config file's name"
+    )
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="seeds every random generator")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps"
+    )
+    output_dir: Path = Field(Path("runs"), description="relative to the current folder")
+    deterministic: bool = Field(True, description="ask torch for deterministic algorithms")
+
+
+class TrainingSection(Section):
+    """``[training]``: the optimisation; the defaults are the study's."""
+
+    epochs: int = Field(500, ge=1, description="at most this many epochs")
+    batch_size: int = Field(256, ge=1, description="samples a step")
+    lr: float = Field(1e-3, gt=0, description="learning rate after warm-up")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay")
+    weight_decay_late: float | None = Field(
+        None, ge=0, description="weight decay from weight_decay_late_epoch on; none: constant"
+    )
+    weight_decay_late_epoch: int = Field(
+        100, ge=0, description="the late weight decay holds once epoch (from 0) > this"
+    )
+    grad_clip: float = Field(1.0, ge=0, description="joint L2 norm of all gradients; 0: no clipping")
+    warmup_epochs: int = Field(10, ge=0, description="epochs of linear learning-rate warm-up")
+    warmup_start: float = Field(0.1, gt=0, le=1, description="first factor of the warm-up")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="weight EMA per step; 0: evaluate live weights")
+    patience: int = Field(80, ge=1, description="epochs without improvement before the early stop")
+    min_delta: float = Field(0.0, ge=0, description="smallest change that counts as an improvement")
+    scheduler_factor: float = Field(0.5, gt=0, lt=1, description="learning-rate factor at a plateau")
+    scheduler_patience: int = Field(30, ge=0, description="epochs without improvement before it")
+    scheduler_min_lr: float = Field(5e-6, ge=0, description="the plateau schedule never goes below")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of forward and losses")
+    gradient_stats_every: int = Field(
+        1,
+        ge=0,
+        description="epochs between measurements for gradient_stats.csv; 0: only what the balancer measures",
+    )
+    eval_batch_size: int | None = Field(
+        None, ge=1, description="samples a batch in evaluation; none: 4 x batch_size"
+    )
+    drop_last: bool = Field(False, description="drop the last, smaller training batch")
+    num_workers: int = Field(0, ge=0, description="DataLoader processes, for datasets that are not in memory")
+
+    @model_validator(mode="after")
+    def _min_lr_below_lr(self) -> Self:
+        if self.scheduler_min_lr > self.lr:
+            raise ValueError(f"scheduler_min_lr ({self.scheduler_min_lr:g}) is above lr ({self.lr:g})")
+        return self

@@ -1,0 +1,71 @@
+"""The exceptions of mtlbalance, and the exit code that each has on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class MtlBalanceError(Exception):
+    """Base of every error that mtlbalance raises on purpose; its text is written for the user."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class BalancerError(MtlBalanceError):
+    """A balancer was built or called in a way that cannot give the right gradient."""
+
+
+class InvalidArgumentError(BalancerError, ValueError):
+    """An argument is of the wrong type, out of range, or names a task that does not exist."""
+
+
+class SharedParametersError(BalancerError, ValueError):
+    """``shared_params`` is missing, empty, or unrelated to a task that needs it."""
+
+
+class GraphConsumedError(BalancerError, RuntimeError):
+    """A balanced loss was differentiated twice although its gradients were delivered already."""
+
+
+class StateMismatchError(BalancerError, RuntimeError):
+    """A saved balancer state belongs to other tasks or to another method."""
+
+
+class ConfigError(MtlBalanceError):
+    """A configuration cannot be used; the text lists every problem with its place."""
+
+
+class PluginError(MtlBalanceError):
+    """A plugin is missing, broken, or registers a name twice."""
+
+
+class DataError(MtlBalanceError):
+    """A data file is missing or malformed; the text names the file and the line."""
+
+
+class RunFolderError(MtlBalanceError):
+    """A run folder cannot be used: locked, not writable, or made from another config."""
+
+
+class DeviceError(MtlBalanceError):
+    """The device asked for does not exist on this machine."""
+
+
+class TrainingError(MtlBalanceError):
+    """Training itself failed, for example on a non-finite loss."""
+
+    exit_code: ClassVar[int] = 1
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or an empty string.
+
+    >>> did_you_mean("gabba", ["gaba", "grace"])
+    "; did you mean 'gaba'?"
+    >>> did_you_mean("zzz", ["gaba"])
+    ''
+    """
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""One run: data, model, balancer and optimiser through the study's cadence, recorded and resumable."""
