@@ -1,0 +1,100 @@
+"""The two examples for reading: the NumPy page is right, and both run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+MINIMAL = Path(__file__).parents[2] / "examples" / "minimal"
+
+
+@pytest.fixture(scope="module")
+def numpy_fit() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("numpy_fit", MINIMAL / "numpy_fit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["numpy_fit"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["numpy_fit"]
+
+
+def test_manual_gradients_equal_finite_differences(numpy_fit: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    sensors, rul_target, worn_target = numpy_fit.make_data(rng, 20)
+    parameters = numpy_fit.initial_parameters(rng, 60.0)
+
+    def losses(at: np.ndarray) -> np.ndarray:
+        _, rul, worn = numpy_fit.forward(at, sensors)
+        return np.asarray(numpy_fit.task_losses(rul, worn, rul_target, worn_target))
+
+    features, rul, worn = numpy_fit.forward(parameters, sensors)
+    gradients = numpy_fit.task_gradients(parameters, sensors, features, rul - rul_target, worn - worn_target)
+    step = 1e-5
+    expected = np.empty_like(gradients)
+    for i in range(len(parameters)):
+        nudge = np.zeros_like(parameters)
+        nudge[i] = step
+        expected[:, i] = (losses(parameters + nudge) - losses(parameters - nudge)) / (2 * step)
+    np.testing.assert_allclose(gradients, expected, rtol=1e-6, atol=1e-7)
+    assert np.abs(gradients[:, numpy_fit.SHARED]).min() > 0, "both tasks reach the whole trunk"
+
+
+def test_controller_equals_the_written_rule(numpy_fit: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    controller = numpy_fit.GABA(beta=0.9, warmup_steps=5, min_weight=0.1)
+    smoothed = [0.5, 0.5]
+    for call in range(60):
+        first, second = (float(value) for value in rng.uniform(0.1, 10.0, size=2) * [20.0, 1.0])
+        applied = controller.weigh(np.array([first, second]))
+        if call < 5:
+            expected = [0.5, 0.5]
+        else:
+            total = first + second
+            raw = [(total - first) / total, (total - second) / total]
+            smoothed = [0.9 * old + 0.1 * new for old, new in zip(smoothed, raw, strict=True)]
+            floored = [max(value, 0.1) for value in smoothed]
+            expected = [value / sum(floored) for value in floored]
+        np.testing.assert_allclose(applied, expected, rtol=1e-12)
+    assert expected[0] == pytest.approx(0.1 / (0.1 + smoothed[1])), "the floor was reached"
+
+
+@pytest.mark.parametrize("seed", [42, 7])
+def test_both_tasks_are_learned(numpy_fit: ModuleType, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    result = numpy_fit.fit(seed=seed)
+    assert result["rmse"] < 0.35 * result["constant_rmse"]
+    assert result["accuracy"] > result["majority_accuracy"] + 0.1
+    assert result["weight_rul"] < 0.06, "the task in cycles has the larger gradient"
+    assert result["best_epoch"] < result["epochs_run"] <= 150
+    assert "test RMSE" in capsys.readouterr().out
+
+
+def test_the_fourteen_stages_are_in_order() -> None:
+    comments = [line.strip() for line in (MINIMAL / "numpy_fit.py").read_text().splitlines()]
+    numbers = [int(line[2:].split(".")[0]) for line in comments if line[:3].rstrip("0123456789") == "# "]
+    assert numbers == list(range(1, 15))
+
+
+@pytest.mark.parametrize("script", ["numpy_fit.py", "own_loop.py"])
+def test_it_runs_from_the_command_line(script: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(MINIMAL / script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(MINIMAL.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 3
+    assert not list(tmp_path.iterdir()), "an example for reading writes nothing"
