@@ -1,0 +1,66 @@
+# `make run` and `make test` need only Python >= 3.11, pip, make and git: each makes .venv and installs what it needs.
+
+# The first run, sized to end within about five minutes on two cores; `make run EPOCHS=15 HIDDEN_SIZE=64` trains longer.
+CONFIG      ?= examples/cmapss/fd002_gaba.toml
+EPOCHS      ?= 2
+HIDDEN_SIZE ?= 16
+BATCH_SIZE  ?= 256
+RUN_DIR     ?= runs/fd002_gaba_$(EPOCHS)_epochs_hidden_$(HIDDEN_SIZE)
+OVERRIDES   ?= training.epochs=$(EPOCHS) training.batch_size=$(BATCH_SIZE) backbone.hidden_size=$(HIDDEN_SIZE)
+
+# Two test processes of one thread each; OpenMP threads that spin while they wait take the core from the other one.
+TEST_WORKERS ?= 2
+TEST_ENV     := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+PYTEST_ARGS  ?=
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal benchmarks
+
+.PHONY: help run test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+run: $(VENV)/.installed  ## train GABA on C-MAPSS FD002, shortened; results go to runs/
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/mtlbalance run $(CONFIG) $(OVERRIDES) --out $(RUN_DIR)
+
+test: lint  ## lint, types and every test
+	$(TEST_ENV) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist=worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and strict mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	MYPYPATH=examples/cmapss $(VENV)/bin/mypy $(TYPED)
+
+bench: $(VENV)/.installed  ## what a step and an import cost, as ratios
+	$(PYTHON) benchmarks/balancer_step.py --out runs/benchmarks/balancer_step.json
+	$(PYTHON) benchmarks/import_time.py --out runs/benchmarks/import_time.json
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and through constraints.txt, so that nothing else decides which build is installed.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(PYTHON)
+	$(PYTHON) -m pip install --quiet --upgrade 'pip>=25.1'
+	$(PYTHON) -m pip install --quiet -c constraints.txt torch
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PYTHON) -m pip install --quiet -c constraints.txt --group dev
+	@touch $@
+
+$(PYTHON):
+	@for candidate in python3 python3.13 python3.12 python3.11 python; do \
+	    if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "making $(VENV) with $$($$candidate --version)"; \
+	        exec $$candidate -m venv --clear $(VENV); \
+	    fi; \
+	done; \
+	echo 'error: no Python >= 3.11 with the venv module was found.' >&2; \
+	echo '       Install one (on Debian and Ubuntu: apt install python3 python3-venv) and try again.' >&2; \
+	exit 2
