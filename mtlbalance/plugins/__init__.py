@@ -1,23 +1,38 @@
 """The plugin system: three slots (dataset, backbone, balancer) filled through pluggy hooks."""
 
 from mtlbalance.plugins.hookspecs import hookimpl
+from mtlbalance.plugins.manager import BrokenPlugin, PluginRegistry, PluginRow, PluginWarning, load_plugins
+from mtlbalance.plugins.references import import_reference, resolve_build
 from mtlbalance.plugins.registrations import (
     BackboneRegistration,
     BalancerRegistration,
     DatasetRegistration,
+    FromClass,
     PluginConfig,
     Problem,
+    Registration,
+    Slot,
 )
 from mtlbalance.slots import InputSpec, MultiTaskData, TaskSpec
 
 __all__ = [
     "BackboneRegistration",
     "BalancerRegistration",
+    "BrokenPlugin",
     "DatasetRegistration",
+    "FromClass",
     "InputSpec",
     "MultiTaskData",
     "PluginConfig",
+    "PluginRegistry",
+    "PluginRow",
+    "PluginWarning",
     "Problem",
+    "Registration",
+    "Slot",
     "TaskSpec",
     "hookimpl",
+    "import_reference",
+    "load_plugins",
+    "resolve_build",
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
+from mtlbalance.plugins.references import import_reference
 from mtlbalance.slots import TaskSpec
 
 if TYPE_CHECKING:
@@ -20,9 +21,15 @@ Slot: TypeAlias = Literal["dataset", "backbone", "balancer"]
 
 
 class PluginConfig(BaseModel):
-    """Base of every plugin's config: unknown keys are errors, values cannot change, numbers are finite."""
+    """Base of every plugin's config: unknown keys are errors, values cannot change, numbers are finite.
+
+    ``places`` names the options that only say where files lie, such as a data folder: they do not decide
+    the result, so they are left out of a run's ``config_hash``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    places: ClassVar[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,23 @@ class BackboneRegistration:
 
 
 @dataclass(frozen=True)
+class FromClass:
+    """A balancer's ``build`` for the usual case: the class takes the tasks' names, then every option by name.
+
+    Args:
+        reference: the class as ``"module:attribute"``, imported only when a balancer is built.
+    """
+
+    reference: str
+
+    def __call__(self, config: PluginConfig, tasks: Sequence[TaskSpec]) -> Balancer:
+        """Build the balancer for these options and tasks."""
+        options = {name: getattr(config, name) for name in type(config).model_fields}
+        balancer: Balancer = import_reference(self.reference)([task.name for task in tasks], **options)
+        return balancer
+
+
+@dataclass(frozen=True)
 class BalancerRegistration:
     """A balancer: ``build(config, tasks) -> Balancer``.
 
@@ -83,7 +107,7 @@ class BalancerRegistration:
         name: what configs say, in kebab case.
         summary: one line for ``mtlbalance plugins list``.
         config: pydantic model of the options.
-        build: a callable, or ``"module:attribute"``.
+        build: a callable, or ``"module:attribute"``; ``FromClass("module:Class")`` for most classes.
         check: finds what only shows once the tasks are known, such as a weight for an unknown task.
     """
 

@@ -1,0 +1,108 @@
+"""The built-in plugins, registered through the same hooks as anyone's. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mtlbalance.plugins.balancer_options import (
+    AMNLOptions,
+    FixedOptions,
+    GABAOptions,
+    GRACEOptions,
+    check_balancer_options,
+)
+from mtlbalance.plugins.hookspecs import hookimpl
+from mtlbalance.plugins.registrations import (
+    BackboneRegistration,
+    BalancerRegistration,
+    DatasetRegistration,
+    FromClass,
+    PluginConfig,
+)
+from mtlbalance.slots import TaskSpec
+
+
+class ToyOptions(PluginConfig):
+    """Options of the ``toy`` dataset."""
+
+    samples: int = Field(2000, ge=20, description="samples in all: 70 % train, 15 % validation, 15 % test")
+    features: int = Field(8, ge=2, description="width of an input")
+    noise: float = Field(0.05, ge=0, description="noise of the targets, as a share of their spread")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the samples, apart from the run's seed")
+
+
+class MLPOptions(PluginConfig):
+    """Options of the ``mlp`` backbone."""
+
+    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (64, 64), min_length=1, description="width of each hidden layer; the last one gives the features"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each hidden layer")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="after each hidden layer")
+
+
+def toy_tasks(_: ToyOptions) -> tuple[TaskSpec, ...]:
+    """Return the tasks of ``toy``: a target in the hundreds, and one in the hundredths."""
+    return (
+        TaskSpec("large", "regression", "mse", metrics=("rmse",)),
+        TaskSpec("small", "regression", "mse", metrics=("rmse",)),
+    )
+
+
+@hookimpl
+def register_datasets() -> list[DatasetRegistration]:
+    """Return the built-in dataset."""
+    return [
+        DatasetRegistration(
+            "toy",
+            "two made-up regressions, one in the hundreds and one in the hundredths",
+            ToyOptions,
+            "mtlbalance.datasets.toy:build",
+            toy_tasks,
+        )
+    ]
+
+
+@hookimpl
+def register_backbones() -> list[BackboneRegistration]:
+    """Return the built-in backbone."""
+    return [
+        BackboneRegistration(
+            "mlp",
+            "fully connected layers on the flattened input",
+            MLPOptions,
+            "mtlbalance.backbones.mlp:build",
+        )
+    ]
+
+
+@hookimpl
+def register_balancers() -> list[BalancerRegistration]:
+    """Return the built-in balancers."""
+    methods: list[tuple[str, str, type[PluginConfig], str]] = [
+        ("fixed", "constant weights", FixedOptions, "mtlbalance.balancers.fixed:FixedWeightLoss"),
+        (
+            "amnl",
+            "constant weights, and more weight for samples near failure",
+            AMNLOptions,
+            "mtlbalance.balancers.amnl:AMNLLoss",
+        ),
+        (
+            "gaba",
+            "weights against each task's share of the gradient norm",
+            GABAOptions,
+            "mtlbalance.balancers.gaba:GABALoss",
+        ),
+        (
+            "grace",
+            "gaba, and more weight for samples near failure",
+            GRACEOptions,
+            "mtlbalance.balancers.grace:GRACELoss",
+        ),
+    ]
+    return [
+        BalancerRegistration(name, summary, options, FromClass(reference), check_balancer_options)
+        for name, summary, options, reference in methods
+    ]
