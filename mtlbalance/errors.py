@@ -33,6 +33,10 @@ class StateMismatchError(BalancerError, RuntimeError):
     """A saved balancer state belongs to other tasks or to another method."""
 
 
+class NonFiniteWarning(UserWarning):
+    """A balancer met a NaN or infinite loss or task gradient, and kept its state out of it."""
+
+
 class ConfigError(MtlBalanceError):
     """A configuration cannot be used; the text lists every problem with its place."""
 

@@ -1,0 +1,292 @@
+"""The balancer protocol: one call, named tasks, complete state. A method only says how it weighs."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from mtlbalance.balancers.checks import one_of, task_names
+from mtlbalance.balancers.delivery import weighted_sum
+from mtlbalance.balancers.losses import check_sample_weights, name_losses, reduce_losses
+from mtlbalance.balancers.ranks import Ranks, active_ranks
+from mtlbalance.balancers.signals import Signals
+from mtlbalance.errors import NonFiniteWarning, StateMismatchError
+
+Sync = Literal["gradients", "norms", "none"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One training call, digested: everything that a method's delivery needs.
+
+    Args:
+        losses: task index -> 0-d loss with its graph, for the tasks present on this rank.
+        losses_K: the same, detached, 0 where absent.
+        signals: what loss-reading methods weigh, already averaged over ranks.
+        ranks: the ranks to agree with, or None.
+        counts_K: how many ranks have each task, or None without ranks.
+        shared_params, model, retain_graph: as given.
+    """
+
+    losses: dict[int, Tensor]
+    losses_K: Tensor
+    signals: Signals
+    ranks: Ranks | None
+    counts_K: Tensor | None
+    shared_params: Any
+    model: nn.Module | None
+    retain_graph: bool
+
+    def local_weights(self, weights_K: Tensor) -> Tensor:
+        """Weights for gradients that are still this rank's own, and will be averaged over all N ranks.
+
+        A task that only n of N ranks have is scaled by N/n, so that the mean over all N is the mean over n.
+        """
+        if self.ranks is None or self.counts_K is None:
+            return weights_K
+        return weights_K * (self.ranks.size / self.counts_K.clamp(min=1.0)).to(weights_K.dtype)
+
+    def value(self, weights_K: Tensor) -> Tensor:
+        """Return Σ w_k·L_k on this rank, detached."""
+        return (weights_K * self.losses_K).sum()
+
+
+class Balancer(nn.Module, ABC):
+    """Base of every balancer: from named task losses to the scalar that you call ``backward()`` on.
+
+    Call it with the losses by name; ``.backward()`` on what it returns leaves in every ``.grad`` what the
+    method prescribes. It may be scaled (GradScaler), divided (accumulation) and accumulated as usual.
+    A subclass implements `weigh`; this class does names, absent tasks, sample weights, finite checks,
+    ranks, state and read-outs.
+
+    Args:
+        tasks: K >= 1 unique task names.
+        sync: what is averaged over ranks before it is read, see ``GradientBalancer``; ``"none"`` lets
+            every rank weigh alone.
+        process_group: the ranks to agree with; None: the default group.
+
+    State: ``applied_weights`` (K,), ``nonfinite_calls``, the number of calls, and the task names; what a
+    subclass adds. Tensors only; a state of other tasks is refused when loaded.
+    """
+
+    method: ClassVar[str] = "Balancer"
+    reads: ClassVar[Literal["nothing", "losses", "gradient norms"]] = "losses"
+
+    applied_weights: Tensor
+    nonfinite_calls: Tensor
+    _counters: ClassVar[tuple[str, ...]] = ("calls",)  # host integers, saved as 0-d tensors
+
+    def __init__(self, tasks: Sequence[str], *, sync: Sync = "gradients", process_group: Any = None) -> None:
+        super().__init__()
+        self.tasks = task_names(tasks)
+        self.sync = one_of(sync, "sync", ("gradients", "norms", "none"))
+        self.process_group = process_group
+        self.calls = 0
+        self._warned_nonfinite = False
+        self.register_buffer("applied_weights", torch.full((len(self.tasks),), 1.0 / len(self.tasks)))
+        self.register_buffer("nonfinite_calls", torch.zeros((), dtype=torch.int64))
+
+    # ------------------------------------------------------------------ what a method says
+    def weigh(self, signals: Signals) -> Tensor:
+        """Move the state by one call where ``signals.finite``, and return the (K,) weights to apply, 0 where absent."""
+        return self.current_weights(signals.present_K)
+
+    @abstractmethod
+    def current_weights(self, present_K: Tensor) -> Tensor:
+        """Return the (K,) weights that the state gives to the present tasks, 0 elsewhere; no state change."""
+
+    def sample_weights_of(
+        self,
+        losses: Mapping[str, Tensor],  # noqa: ARG002
+        given: dict[str, Tensor],
+        context: Mapping[str, Any],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return the sample weights to use: those given in the call, unless the method has its own."""
+        return given
+
+    def end_epoch(self) -> None:
+        """Tell the method that an epoch has ended; most ignore it."""
+
+    def get_name(self) -> str:
+        """Return the method's name, such as ``GABA`` or ``Fixed(0.50/0.50)``."""
+        return self.method
+
+    # ------------------------------------------------------------------ the call
+    def forward(
+        self,
+        *losses: Mapping[str, Tensor | None] | Tensor | None,
+        shared_params: Any = None,
+        model: nn.Module | None = None,
+        sample_weights: Mapping[str, Tensor] | None = None,
+        retain_graph: bool = False,
+        **context: Any,
+    ) -> Tensor:
+        """Balance one batch.
+
+        Args:
+            losses: a mapping task name -> loss, or one loss a task in task order. 0-d, or per sample (B,),
+                then reduced as mean(w·l). Missing, None or empty: the task is absent in this batch.
+            shared_params: parameters (iterable or module) or representation tensor(s) whose task gradients
+                are read; ignored by methods that read none.
+            model: discovers the shared parameters where ``shared_params`` is None.
+            sample_weights: task name -> (B,) weights of the samples, detached; default 1.
+            retain_graph: keep the graph of the losses, to add terms outside or to differentiate twice.
+            context: anything else; ignored unless the method knows it (``targets=`` for AMNL and GRACE).
+
+        Returns:
+            A 0-d tensor of value Σ applied·loss on this rank, for ``backward()`` and for logging. In
+            ``eval()`` or without gradients: the same with the current weights, and no state change.
+        """
+        present = name_losses(losses, self.tasks)
+        weights = self.sample_weights_of(present, check_sample_weights(sample_weights, self.tasks), context)
+        reduced = {self.tasks.index(task): loss for task, loss in reduce_losses(present, weights).items()}
+        losses_K, present_K = self._stack(reduced)
+        if not (self.training and torch.is_grad_enabled()):
+            return weighted_sum(reduced, self.current_weights(present_K))
+        return self._train_call(
+            self._digest(reduced, losses_K, present_K, shared_params, model, retain_graph)
+        )
+
+    def _train_call(self, call: Call) -> Tensor:
+        """Weigh without gradients and deliver by weighted sum."""
+        weights_K = self._apply_weights(call.signals)
+        total = weighted_sum(call.losses, call.local_weights(weights_K))
+        if call.ranks is None:
+            return total
+        return total + (call.value(weights_K) - total.detach())  # the value without N/n, the gradient with it
+
+    def _apply_weights(self, signals: Signals) -> Tensor:
+        """Weigh, note what was applied, and count what was not finite."""
+        weights_K = self.weigh(signals).detach().to(self.applied_weights.dtype)
+        self.applied_weights.copy_(weights_K)
+        self.nonfinite_calls += (~signals.finite).to(torch.int64)
+        self.calls += 1
+        if signals.finite.device.type == "cpu":
+            self._warn_nonfinite()
+        return weights_K
+
+    def _stack(self, losses: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the detached losses and the presence of each task, following the losses to their device."""
+        first = next(iter(losses.values()))
+        if self.applied_weights.device != first.device:
+            self.to(first.device)
+        if len(losses) == len(self.tasks):
+            losses_K = torch.stack([loss.detach().to(first.device) for loss in losses.values()])
+            return losses_K, torch.ones_like(losses_K, dtype=torch.bool)
+        losses_K = torch.zeros(len(self.tasks), dtype=first.dtype, device=first.device)
+        present_K = torch.zeros_like(losses_K, dtype=torch.bool)
+        for index, loss in losses.items():
+            losses_K[index] = loss.detach()
+            present_K[index] = True
+        return losses_K, present_K
+
+    def _digest(
+        self,
+        losses: dict[int, Tensor],
+        losses_K: Tensor,
+        present_K: Tensor,
+        shared_params: Any,
+        model: nn.Module | None,
+        retain_graph: bool,
+    ) -> Call:
+        ranks = active_ranks(self.process_group) if self.sync != "none" else None
+        read_K, counts_K = losses_K, None
+        if ranks is not None:
+            read_K, counts_K = ranks.mean_losses(losses_K, present_K)
+            present_K = counts_K > 0
+        signals = Signals(read_K, present_K, None, torch.isfinite(read_K).all())
+        return Call(losses, losses_K, signals, ranks, counts_K, shared_params, model, retain_graph)
+
+    # ------------------------------------------------------------------ read-outs
+    def report(self) -> dict[str, dict[str, float]]:
+        """Return what the method shows, by task: ``applied``, and ``smoothed``, ``raw``, ``grad_norm`` if it has them.
+
+        A read-out copies a few numbers to the host; NaN stands for what was not measured yet.
+        """
+        self._warn_nonfinite()
+        return {
+            column: dict(zip(self.tasks, values.tolist(), strict=True))
+            for column, values in self._report().items()
+        }
+
+    def _report(self) -> dict[str, Tensor]:
+        return {"applied": self.applied_weights}
+
+    def get_weights(self) -> dict[str, float]:
+        """Return the weights applied last, by task; before the first call, those it would start with."""
+        return self.report()["applied"]
+
+    @property
+    def num_nonfinite(self) -> int:
+        """The number of training calls with a NaN or infinite loss or task gradient; none of them moved the state."""
+        self._warn_nonfinite()
+        return int(self.nonfinite_calls)
+
+    def _warn_nonfinite(self) -> None:
+        if not self._warned_nonfinite and bool(self.nonfinite_calls):
+            self._warned_nonfinite = True
+            warnings.warn(
+                f"{self.get_name()}: a loss or a task gradient was NaN or infinite; the last good weights were applied "
+                "and the state was kept (further cases are counted in num_nonfinite, without a warning)",
+                NonFiniteWarning,
+                stacklevel=3,
+            )
+
+    def extra_repr(self) -> str:
+        """Show the tasks in ``print(balancer)``."""
+        return f"{self.get_name()}, tasks={self.tasks}"
+
+    # ------------------------------------------------------------------ state
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a move between devices, but keep the precision of the state under ``half()`` and the like."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "task_names"] = _encode(self.tasks)
+        for name in self._counters:
+            destination[prefix + name] = torch.tensor(getattr(self, name))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = state_dict.get(prefix + "task_names")
+        if names is not None and _decode(names) != self.tasks:
+            raise StateMismatchError(
+                f"this state was saved for the tasks {_decode(names)}, but {self.get_name()} has {self.tasks}"
+            )
+        missing = [name for name in ("task_names", *self._counters) if prefix + name not in state_dict]
+        for name in self._counters:
+            if name not in missing:
+                setattr(self, name, int(state_dict[prefix + name]))
+        own = {prefix + name for name in ("task_names", *self._counters)}
+        super()._load_from_state_dict(
+            {key: value for key, value in state_dict.items() if key not in own}, prefix, *args
+        )
+        missing_keys: list[str] = args[2]
+        missing_keys.extend(prefix + name for name in missing)
+
+
+def share_budget(weights_K: Tensor, present_K: Tensor) -> Tensor:
+    """Return the weights of the present tasks, scaled so that they sum to what all weights sum to; 0 elsewhere."""
+    kept_K = weights_K * present_K
+    kept = kept_K.sum()
+    return torch.where(kept > 0, kept_K * (weights_K.sum() / kept), kept_K)
+
+
+def _encode(tasks: Sequence[str]) -> Tensor:
+    return torch.tensor(list("\0".join(tasks).encode()), dtype=torch.uint8)
+
+
+def _decode(names: Tensor) -> tuple[str, ...]:
+    return tuple(bytes(names.tolist()).decode().split("\0"))

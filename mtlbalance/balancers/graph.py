@@ -1,0 +1,128 @@
+"""Reading an autograd graph: which leaves does each task reach, and which do several tasks share?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Node: TypeAlias = Any  # the C++ nodes of autograd have no common Python base
+Edge: TypeAlias = tuple[Node, int]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What losses reach without passing through the shared tensors.
+
+    Args:
+        own: for each loss, the leaves that no other loss reaches (its head, its criterion).
+        several: the other leaves, those that two or more losses reach.
+    """
+
+    own: list[list[Tensor]]
+    several: list[Tensor]
+
+
+def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
+    """Walk the graphs of the losses down to their leaves, stopping at ``shared``.
+
+    Each node is visited at most twice, whatever the number of losses: once by the first loss that
+    reaches it, and once more if it lies below a node where two losses meet.
+    """
+    stops = _edges_of(shared)
+    first_by: dict[Node, int] = {}
+    meetings: list[Node] = []
+    for index, loss in enumerate(losses):
+        pending = _roots(loss, stops)
+        while pending:
+            node = pending.pop()
+            if node in first_by:
+                if first_by[node] != index:
+                    meetings.append(node)
+                continue
+            first_by[node] = index
+            pending.extend(_next_nodes(node, stops))
+    shared_ids = {id(tensor) for tensor in shared}
+    several = {id(leaf): leaf for leaf in leaves_below(meetings, stops) if id(leaf) not in shared_ids}
+    own: list[list[Tensor]] = [[] for _ in losses]
+    for node, index in first_by.items():
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in shared_ids and id(leaf) not in several:
+            own[index].append(leaf)
+    for index, loss in enumerate(losses):
+        if loss.is_leaf and loss.requires_grad and id(loss) not in shared_ids:
+            own[index].append(loss)  # a loss that is itself a parameter
+    return Reach(own, list(several.values()))
+
+
+def leaves_below(nodes: Iterable[Node], stops: frozenset[Edge] = frozenset()) -> list[Tensor]:
+    """Return the leaves reached from ``nodes`` without crossing an edge in ``stops``."""
+    leaves: list[Tensor] = []
+    for node in nodes_below(nodes, stops):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            leaves.append(leaf)
+    return leaves
+
+
+def nodes_below(nodes: Iterable[Node], stops: frozenset[Edge] = frozenset()) -> set[Node]:
+    """Return ``nodes`` and every node reached from them without crossing an edge in ``stops``."""
+    seen: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(_next_nodes(node, stops))
+    return seen
+
+
+def _edges_of(tensors: Iterable[Tensor]) -> frozenset[Edge]:
+    return frozenset((tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None)
+
+
+def _roots(loss: Tensor, stops: frozenset[Edge]) -> list[Node]:
+    if loss.grad_fn is None or (loss.grad_fn, loss.output_nr) in stops:
+        return []
+    return [loss.grad_fn]
+
+
+def _next_nodes(node: Node, stops: frozenset[Edge]) -> Iterator[Node]:
+    for edge in node.next_functions:
+        if edge[0] is not None and edge not in stops:
+            yield edge[0]
+
+
+def reaches(loss: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Return whether ``loss`` depends on at least one of ``tensors``."""
+    wanted = {id(tensor) for tensor in tensors if tensor.is_leaf}
+    nodes = nodes_below(_roots(loss, frozenset()))
+    below = any(tensor.grad_fn in nodes for tensor in tensors if tensor.grad_fn is not None)
+    return below or id(loss) in wanted or any(id(leaf) in wanted for leaf in leaves_below(nodes))
+
+
+def obstacle_to_direct_delivery(shared: Sequence[Tensor], others: Sequence[Tensor]) -> str:
+    """Say why measured gradients cannot be handed over as they are, or return an empty string.
+
+    Gradients are handed over at the shared tensors and at the leaves ``others``. From a representation
+    the backward pass goes on into the trunk, so nothing that it reaches there may be handed over as well.
+    """
+    for tensor in (*shared, *others):
+        if tensor._backward_hooks:
+            return (
+                "a hook registered on a tensor (register_hook) would run in the probe and again at delivery"
+            )
+    representations = [tensor for tensor in shared if tensor.grad_fn is not None]
+    if not representations:
+        return ""
+    trunk = nodes_below(
+        node for tensor in representations for node in _next_nodes(tensor.grad_fn, frozenset())
+    )
+    if any(tensor.grad_fn in trunk for tensor in representations):
+        return "one of the representations in shared_params is computed from another"
+    below = {id(leaf) for leaf in leaves_below(trunk)}
+    if any(id(tensor) in below for tensor in (*shared, *others)):
+        return "a parameter is used both before and after the representations in shared_params"
+    return ""

@@ -1,0 +1,89 @@
+"""The shared parameters (or representations) of a call: read from the argument, or discovered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mtlbalance.balancers.graph import trace
+from mtlbalance.errors import SharedParametersError
+
+_WHAT_TO_PASS = (
+    "pass what the tasks share: shared_params=model.trunk.parameters(), the trunk module itself, "
+    "or the features where trunk meets heads"
+)
+
+
+def list_shared(shared_params: Any) -> list[Tensor]:
+    """Return the differentiable tensors of ``shared_params``, in order and each once.
+
+    Args:
+        shared_params: an iterable of parameters, a module, or one or more representation tensors.
+
+    Raises:
+        SharedParametersError: nothing in it can be differentiated; the text says why and what to pass.
+    """
+    if isinstance(shared_params, nn.Module):
+        given: list[Any] = list(shared_params.parameters())
+    elif isinstance(shared_params, Tensor):
+        given = [shared_params]
+    elif isinstance(shared_params, Mapping):
+        given = list(shared_params.values())
+    elif isinstance(shared_params, Iterable) and not isinstance(shared_params, str):
+        given = list(shared_params)
+    else:
+        raise SharedParametersError(f"shared_params is a {type(shared_params).__name__}; {_WHAT_TO_PASS}")
+    for item in given:
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
+            raise SharedParametersError(
+                "shared_params holds (name, parameter) pairs; pass .parameters(), not .named_parameters()"
+            )
+        if not isinstance(item, Tensor):
+            raise SharedParametersError(f"shared_params holds a {type(item).__name__}; {_WHAT_TO_PASS}")
+    if not given:
+        raise SharedParametersError(
+            f"shared_params is empty; {_WHAT_TO_PASS} (a generator is used up by its first call: "
+            "write model.trunk.parameters() inside the loop, or keep a list)"
+        )
+    differentiable = list({id(tensor): tensor for tensor in given if tensor.requires_grad}.values())
+    if not differentiable:
+        raise SharedParametersError(
+            f"none of the {len(given)} tensors in shared_params requires a gradient (all frozen, or computed "
+            f"without one); {_WHAT_TO_PASS}"
+        )
+    return differentiable
+
+
+def discover_shared(losses: Mapping[str, Tensor], model: nn.Module) -> list[Tensor]:
+    """Return the parameters of ``model`` that at least two of the losses reach, in the model's order."""
+    several = {id(leaf) for leaf in trace(list(losses.values())).several}
+    found: list[Tensor] = [parameter for parameter in model.parameters() if id(parameter) in several]
+    if not found:
+        raise SharedParametersError(
+            f"no parameter of the model is reached by two of the losses {', '.join(map(repr, losses))}; {_WHAT_TO_PASS}"
+        )
+    return found
+
+
+def missing_shared(method: str) -> SharedParametersError:
+    """The error for a gradient-reading balancer that was called without anything to read."""
+    return SharedParametersError(
+        f"{method} reads gradients, so its call needs shared_params; {_WHAT_TO_PASS}"
+    )
+
+
+def unrelated_shared(task: str, shared: Sequence[Tensor]) -> SharedParametersError:
+    """The error for a task whose loss does not depend on any shared tensor."""
+    kind = type(shared[0]).__name__
+    hint = (
+        "; sharded parameters (FSDP2) give no gradient here: pass the shared features instead"
+        if kind == "DTensor"
+        or any(type(getattr(tensor, "data", None)).__name__ == "DTensor" for tensor in shared)
+        else ""
+    )
+    return SharedParametersError(
+        f"the loss of task {task!r} does not depend on any of the {len(shared)} tensors in shared_params; "
+        f"{_WHAT_TO_PASS}{hint}"
+    )

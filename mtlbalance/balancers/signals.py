@@ -1,0 +1,114 @@
+"""What balancers read from the graph: per-task gradients on the shared tensors, and their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlbalance.balancers.losses import name_losses, reduce_losses
+from mtlbalance.balancers.shared import list_shared, unrelated_shared
+from mtlbalance.errors import InvalidArgumentError
+
+Gradients = list[Tensor | None]  # one a tensor that was differentiated; None where the loss does not reach it
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a balancer weighs. All tensors are detached, on the losses' device, with K entries in task order.
+
+    Args:
+        losses_K: the losses, averaged over ranks; 0 where the task is absent.
+        present_K: True where some rank has the task in this call.
+        grad_norms_K: L2 norms of the task gradients on the shared tensors, 0 where absent; None if not
+            measured in this call.
+        finite: 0-d bool; False if any present loss or measured norm is NaN or infinite. State moves only
+            where it is True.
+    """
+
+    losses_K: Tensor
+    present_K: Tensor
+    grad_norms_K: Tensor | None
+    finite: Tensor
+
+
+def task_gradients(loss: Tensor, tensors: Sequence[Tensor], *, retain_graph: bool) -> Gradients:
+    """Differentiate one loss with respect to ``tensors``; None where it does not reach one."""
+    return list(torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True))
+
+
+def gradient_norm(gradients: Gradients, device: torch.device) -> Tensor:
+    """Return the joint L2 norm as a 0-d tensor of at least float32 on ``device``, without a host sync."""
+    dense = [_values(gradient) for gradient in gradients if gradient is not None]
+    dtype = torch.float64 if any(values.dtype == torch.float64 for values in dense) else torch.float32
+    if not dense:
+        return torch.zeros((), device=device)
+    norms = torch._foreach_norm(dense, 2.0, dtype=dtype)
+    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return joint
+
+
+def task_gradient_norms(
+    losses: Mapping[str, Tensor], shared_params: Any, *, retain_graph: bool = True
+) -> dict[str, Tensor]:
+    """Measure how hard each task pulls at the shared parameters, without balancing anything.
+
+    Use it beside any balancer or training loop, before the backward pass:
+    n_k = ‖∂L_k/∂θ‖₂ over all shared parameters θ.
+
+    Args:
+        losses: task name -> loss, 0-d or per sample (B,), then averaged.
+        shared_params: an iterable of parameters, a module, or representation tensor(s).
+        retain_graph: keep the graph, so that the losses can be differentiated afterwards (default True).
+
+    Returns:
+        Task name -> 0-d tensor on the device of its loss. Nothing is copied to the host, no ``.grad`` is
+        touched. Under several ranks the norms are those of this rank's losses.
+
+    Cost: one backward pass through heads and trunk a task; the gradients of one task at a time in memory.
+
+    Raises:
+        SharedParametersError: ``shared_params`` is empty or unrelated to one of the losses.
+        InvalidArgumentError: a loss does not require a gradient.
+
+    Example:
+        >>> import torch
+        >>> theta = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> norms = task_gradient_norms({"a": (theta**2).sum() / 2, "b": theta[0]}, [theta])
+        >>> {task: norm.item() for task, norm in norms.items()}
+        {'a': 5.0, 'b': 1.0}
+
+    Source: the gradient-norm measurement of the C-MAPSS study, over any shared tensors.
+    """
+    shared = list_shared(shared_params)
+    reduced = reduce_losses(name_losses((losses,), tuple(losses)), {})
+    norms: dict[str, Tensor] = {}
+    for position, (task, loss) in enumerate(reduced.items()):
+        require_differentiable(task, loss)
+        retain = retain_graph or position + 1 < len(reduced)
+        gradients = task_gradients(loss, shared, retain_graph=retain)
+        require_related(task, gradients, shared)
+        norms[task] = gradient_norm(gradients, loss.device)
+    return norms
+
+
+def require_differentiable(task: str, loss: Tensor) -> None:
+    """Raise unless the loss has a graph to differentiate."""
+    if not loss.requires_grad:
+        raise InvalidArgumentError(
+            f"the loss of task {task!r} does not require a gradient, so its pull on the shared parameters cannot "
+            "be measured; compute it from the model's output, without detach() or no_grad()"
+        )
+
+
+def require_related(task: str, gradients: Gradients, shared: Sequence[Tensor]) -> None:
+    """Raise if the loss reaches none of the shared tensors: no gradient is not the same as a zero one."""
+    if all(gradient is None for gradient in gradients[: len(shared)]):
+        raise unrelated_shared(task, shared)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
