@@ -20,7 +20,7 @@ class RunSection(Section):
     """
 
     name: str = Field(
-        min_length=1, pattern=r"^[\w.-]+$", description="folder name; default: the config file's name"
+        pattern=r"^\w[\w.-]*$", description="letters, digits, _ . and -; default: the config file's name"
     )
     seed: int = Field(42, ge=0, le=2**32 - 1, description="seeds every random generator")
     device: str = Field(

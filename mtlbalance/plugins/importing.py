@@ -42,7 +42,7 @@ def find_module(listed: str, base_dir: Path | None) -> ModuleAddress:
         return _address_of_path(base / Path(listed).expanduser(), listed)
     parts = listed.split(".")
     if not all(part.isidentifier() for part in parts):
-        raise PluginError(f"{listed!r} is neither a module name nor a path")
+        raise PluginError("it is neither a module name nor a path")
     beside = base.joinpath(*parts)
     for candidate in (beside, beside.with_name(beside.name + ".py")):
         if candidate.is_file() or (candidate / "__init__.py").is_file():
@@ -53,13 +53,13 @@ def find_module(listed: str, base_dir: Path | None) -> ModuleAddress:
 def _address_of_path(path: Path, listed: str) -> ModuleAddress:
     path = path.resolve()
     if not path.exists():
-        raise PluginError(f"plugin {listed!r} does not exist: there is no {path}")
+        raise PluginError(f"there is no {path}")
     if path.is_dir() and not (path / "__init__.py").is_file():
         inside = sorted(init.parent.name for init in path.glob("*/__init__.py"))
         hint = f"; did you mean {str(Path(listed) / inside[0])!r}?" if inside else ""
-        raise PluginError(f"plugin {listed!r} is a folder without __init__.py{hint}")
+        raise PluginError(f"it is a folder without __init__.py{hint}")
     if path.is_file() and path.suffix != ".py":
-        raise PluginError(f"plugin {listed!r} is not a Python module")
+        raise PluginError("it is not a Python module")
     names, folder = [path.stem if path.is_file() else path.name], path.parent
     while (folder / "__init__.py").is_file():  # a module inside a package is imported as part of it
         names.insert(0, folder.name)

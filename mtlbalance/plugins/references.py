@@ -46,7 +46,9 @@ def resolve_build(registration: Registration) -> Callable[..., Any]:
         try:
             build = import_reference(build)
         except PluginError as error:
-            raise PluginError(f"{registration.slot} {registration.name!r} cannot be built: {error}") from error
+            raise PluginError(
+                f"{registration.slot} {registration.name!r} cannot be built: {error}"
+            ) from error
     if not callable(build):
         raise PluginError(
             f"{registration.slot} {registration.name!r} cannot be built: {registration.build!r} is not callable"

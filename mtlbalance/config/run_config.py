@@ -1,0 +1,124 @@
+"""A run's config, complete and checked: what ``load_config`` returns and the trainer reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import tomli_w
+
+from mtlbalance.config.sections import RunSection, TrainingSection
+from mtlbalance.plugins.registrations import (
+    BackboneRegistration,
+    BalancerRegistration,
+    DatasetRegistration,
+    PluginConfig,
+    Registration,
+)
+from mtlbalance.slots import TaskSpec
+
+if TYPE_CHECKING:
+    from mtlbalance.plugins.manager import PluginRegistry
+
+Registered = TypeVar("Registered", bound=Registration, covariant=True)
+
+_NOT_RESULT = {"name", "output_dir", "device"}
+
+
+@dataclass(frozen=True)
+class Choice(Generic[Registered]):
+    """The plugin chosen for a slot and its validated options."""
+
+    registration: Registered
+    options: PluginConfig
+
+    @property
+    def name(self) -> str:
+        """The name in the config."""
+        return self.registration.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the section as JSON values, the name first."""
+        return {"name": self.name, **_without_none(self.options.model_dump(mode="json"))}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: every section validated, every default filled in.
+
+    Args:
+        source: the file that it was read from, as the user named it.
+        run: the ``[run]`` section.
+        training: the ``[training]`` section.
+        dataset: the dataset plugin and its options.
+        backbone: the backbone plugin and its options.
+        balancer: the balancer plugin and its options.
+        tasks: the tasks that the dataset gives, known without reading data.
+        plugins: the listed plugins: absolute paths, or names of installed modules.
+        registry: every plugin that was found; ``registry.hook`` calls the observers.
+        notices: what the user must know about how overrides were applied.
+    """
+
+    source: Path = field(compare=False)
+    run: RunSection
+    training: TrainingSection
+    dataset: Choice[DatasetRegistration]
+    backbone: Choice[BackboneRegistration]
+    balancer: Choice[BalancerRegistration]
+    tasks: tuple[TaskSpec, ...]
+    plugins: tuple[str, ...]
+    registry: PluginRegistry = field(compare=False, repr=False)
+    notices: tuple[str, ...] = field(default=(), compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole config as JSON values; an option that is none is left out."""
+        sections: dict[str, Any] = {"plugins": list(self.plugins)} if self.plugins else {}
+        return sections | {
+            "run": _without_none(self.run.model_dump(mode="json")),
+            "dataset": self.dataset.to_dict(),
+            "backbone": self.backbone.to_dict(),
+            "balancer": self.balancer.to_dict(),
+            "training": _without_none(self.training.model_dump(mode="json")),
+        }
+
+    def to_toml(self) -> str:
+        """Return the whole config as TOML that can itself be run, from any folder."""
+        return tomli_w.dumps(self.to_dict())
+
+    def result_dict(self) -> dict[str, Any]:
+        """Return the part of ``to_dict`` that decides the result.
+
+        Left out: the run's name, folder and device, the plugins' paths, and the options that a plugin
+        declares to be places only.
+        """
+        sections = self.to_dict()
+        sections.pop("plugins", None)
+        places = {
+            "run": _NOT_RESULT,
+            **{
+                slot: choice.options.places
+                for slot, choice in (
+                    ("dataset", self.dataset),
+                    ("backbone", self.backbone),
+                    ("balancer", self.balancer),
+                )
+            },
+        }
+        return {
+            name: {key: value for key, value in section.items() if key not in places.get(name, ())}
+            for name, section in sections.items()
+        }
+
+    def result_hash(self) -> str:
+        """Return the SHA-256 of ``result_dict``: equal for runs that must give the same result."""
+        canonical = json.dumps(self.result_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
