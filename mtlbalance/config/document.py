@@ -69,10 +69,10 @@ class Document:
         parsed.sort(key=lambda item: not _names_a_plugin(item[0]))  # stable
         for keys, value, text in parsed:
             if _names_a_plugin(keys):
-                self._drop_options(str(keys[0]), value)
+                self._drop_options(keys[0], value)
             self._set(keys, value, text)
 
-    def _parse(self, text: str) -> tuple[KeyPath, Any, str] | None:
+    def _parse(self, text: str) -> tuple[tuple[str, ...], Any, str] | None:
         key, equals, value = text.partition("=")
         keys = _parse_key(key) if equals else None
         if keys is None:
@@ -98,7 +98,7 @@ class Document:
             )
         self.data[slot] = {}
 
-    def _set(self, keys: KeyPath, value: Any, text: str) -> None:
+    def _set(self, keys: tuple[str, ...], value: Any, text: str) -> None:
         *parents, last = keys
         table = self.data
         for depth, key in enumerate(parents):
@@ -106,8 +106,8 @@ class Document:
             if not isinstance(table, dict):
                 self.problems.append(
                     LocatedProblem(
-                        f"{'.'.join(map(str, keys[: depth + 1]))!r} is not a table, so it has no "
-                        f"{'.'.join(map(str, keys[depth + 1 :]))!r}",
+                        f"{'.'.join(keys[: depth + 1])!r} is not a table, so it has no "
+                        f"{'.'.join(keys[depth + 1 :])!r}",
                         Place(f"command line: {text}"),
                     )
                 )
@@ -160,7 +160,7 @@ def parse_value(text: str) -> Any:
     return parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def _parse_key(text: str) -> KeyPath | None:
+def _parse_key(text: str) -> tuple[str, ...] | None:
     try:
         table: Any = tomllib.loads(f"{text} = 0")
     except tomllib.TOMLDecodeError:

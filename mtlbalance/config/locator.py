@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
@@ -39,14 +40,12 @@ class Spans:
 def locate(text: str) -> Spans:
     """Return the spans in a valid TOML text; what a broken text hides is simply missing."""
     scanner = _Scanner(text)
-    try:
+    with contextlib.suppress(_LostError):
         scanner.document()
-    except _Lost:
-        pass
     return scanner.spans
 
 
-class _Lost(Exception):
+class _LostError(Exception):
     """The text is not the TOML that the scanner expects."""
 
 
@@ -101,7 +100,7 @@ class _Scanner:
             elif bare := _BARE_KEY.match(self.text, self.at):
                 name = bare.group()
             else:
-                raise _Lost
+                raise _LostError
             self.at = (quoted or bare).end()  # type: ignore[union-attr]
             parts.append((name, start, self.at))
             self.skip_space()
@@ -129,7 +128,7 @@ class _Scanner:
         elif match := (_STRING.match(self.text, self.at) or _SCALAR.match(self.text, self.at)):
             self.at = start + len(match.group().rstrip())
         else:
-            raise _Lost
+            raise _LostError
         self.spans.values[path] = self.span(start, self.at)
 
     def skip_space(self) -> bool:
@@ -149,7 +148,7 @@ class _Scanner:
     def expect(self, token: str) -> None:
         self.skip_space()
         if not self.peek(token):
-            raise _Lost
+            raise _LostError
         self.at += len(token)
 
     def span(self, start: int, end: int) -> Span:

@@ -15,9 +15,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """``[run]``: what the run is called, where it goes and on what it runs; no option decides the result
-    except ``seed`` and ``deterministic``.
-    """
+    """``[run]``: the run's name, folder and device; only ``seed`` and ``deterministic`` decide the result."""
 
     name: str = Field(
         pattern=r"^\w[\w.-]*$", description="letters, digits, _ . and -; default: the config file's name"

@@ -111,9 +111,7 @@ def _resolve(detail: ErrorDetails, options: Any) -> tuple[KeyPath, str, int]:
     current = options
     for index, part in enumerate(detail["loc"]):
         is_missing = detail["type"] == "missing" and index == len(detail["loc"]) - 1
-        if isinstance(current, Mapping) and part in current:
-            current = current[part]
-        elif isinstance(current, list) and isinstance(part, int) and part < len(current):
+        if _holds(current, part):
             current = current[part]
         elif not is_missing:
             if not branch:
@@ -121,6 +119,12 @@ def _resolve(detail: ErrorDetails, options: Any) -> tuple[KeyPath, str, int]:
             continue
         path = (*path, part)
     return path, branch, fork
+
+
+def _holds(container: Any, part: str | int) -> bool:
+    if isinstance(container, list):
+        return isinstance(part, int) and part < len(container)
+    return isinstance(container, Mapping) and part in container
 
 
 def _fault(

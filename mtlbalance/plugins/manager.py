@@ -98,7 +98,7 @@ class PluginRegistry:
 
     @property
     def hook(self) -> Any:
-        """pluggy's relay: ``registry.hook.on_run_start(run_dir=..., config=...)`` calls every observer."""
+        """The relay of pluggy: ``registry.hook.on_run_start(run_dir=..., config=...)`` calls every observer."""
         return self._manager.hook
 
     @property

@@ -1,0 +1,68 @@
+"""The built-in ``toy`` dataset: two regressions that share structure but not scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mtlbalance.datasets.in_memory import InMemoryDataset
+from mtlbalance.slots import InputSpec, MultiTaskData
+
+if TYPE_CHECKING:
+    from mtlbalance.plugins.builtins import ToyOptions
+
+SPREAD = {"large": 200.0, "small": 0.02}  # standard deviation of each target
+
+
+def build(options: ToyOptions) -> MultiTaskData:
+    """Draw inputs and targets from ``options.seed``.
+
+    Both targets are smooth functions of the same three hidden projections of the input, so a shared trunk
+    pays; scaled to ``SPREAD``, their squared errors differ by a factor of 1e8, so an unweighted sum
+    teaches the trunk the large one only.
+    """
+    from mtlbalance.plugins.builtins import toy_tasks
+
+    generator = torch.Generator().manual_seed(options.seed)
+    inputs = torch.randn(options.samples, options.features, generator=generator)
+    directions = torch.randn(options.features, 3, generator=generator)
+    first, second, third = (inputs @ directions / options.features**0.5).unbind(dim=1)
+    shapes = {"large": torch.sin(2 * first) + second, "small": torch.tanh(2 * second) * third + first}
+    targets = {}
+    for name, shape in shapes.items():
+        noise = options.noise * torch.randn(options.samples, generator=generator)
+        targets[name] = SPREAD[name] * ((shape - shape.mean()) / shape.std() + noise)
+    end_of_train, end_of_validation = int(0.7 * options.samples), int(0.85 * options.samples)
+    train, validation, test = (
+        InMemoryDataset(inputs[part], {name: target[part] for name, target in targets.items()})
+        for part in (
+            slice(end_of_train),
+            slice(end_of_train, end_of_validation),
+            slice(end_of_validation, None),
+        )
+    )
+    return MultiTaskData(
+        train=train,
+        validation=validation,
+        test=test,
+        tasks=toy_tasks(options),
+        inputs=InputSpec((options.features,), f"{options.features} features"),
+        key_metric="nrmse",
+        evaluate=normalised_errors,
+        protocol="random split 70/15/15",
+        data_source="generated",
+    )
+
+
+def normalised_errors(
+    predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], _: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return each task's RMSE over its target's spread (1: no better than the mean), and their mean ``nrmse``."""
+    errors = {
+        f"{name}_nrmse": float((predictions[name] - targets[name]).square().mean().sqrt()) / spread
+        for name, spread in SPREAD.items()
+    }
+    return {"nrmse": sum(errors.values()) / len(errors), **errors}
