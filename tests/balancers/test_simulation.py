@@ -25,44 +25,47 @@ def draw_norms(seed: int, steps: int) -> np.ndarray:
     return np.array([100.0, 0.20]) + np.array([5.0, 0.01]) * normals
 
 
-def simulate(seed: int, epochs: int) -> tuple[list[float], list[float]]:
-    """Return the applied and the smoothed weight of ``rul`` at every step."""
+def simulate(seed: int, steps: int, read_every: int) -> dict[int, dict[str, dict[str, float]]]:
+    """Return the balancer's report after every ``read_every``-th step, by step."""
     balancer = GABALoss(tasks=("rul", "health"), beta=0.99, warmup_steps=WARMUP_STEPS, min_weight=0.05)
     trunk = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    applied, smoothed = [], []
-    for rul_norm, health_norm in draw_norms(seed, epochs * STEPS_PER_EPOCH).tolist():
-        trunk.grad = None
+    shared = [trunk]
+    reports = {}
+    for step, (rul_norm, health_norm) in enumerate(draw_norms(seed, steps).tolist()):
         losses = {
-            "rul": rul_norm * (trunk @ RUL_DIRECTION),
-            "health": health_norm * (trunk @ HEALTH_DIRECTION),
+            "rul": trunk @ (rul_norm * RUL_DIRECTION),
+            "health": trunk @ (health_norm * HEALTH_DIRECTION),
         }
-        balancer(losses, shared_params=[trunk]).backward()
-        report = balancer.report()
-        assert report["grad_norm"]["rul"] == pytest.approx(rul_norm, rel=1e-6)
-        applied.append(report["applied"]["rul"])
-        smoothed.append(report["smoothed"]["rul"])
-    return applied, smoothed
+        trunk.grad = None
+        balancer(losses, shared_params=shared).backward()
+        if step % read_every == 0:
+            reports[step] = report = balancer.report()
+            assert report["grad_norm"] == pytest.approx({"rul": rul_norm, "health": health_norm}, rel=1e-6)
+    return reports
 
 
-@pytest.mark.parametrize("seed", [42, 123, 456, 789, 1024])
-def test_the_printed_table(seed: int) -> None:
-    applied, smoothed = simulate(seed, epochs=200)
-    at_first_step = {epoch: applied[epoch * STEPS_PER_EPOCH] for epoch in TABLE}
-    assert at_first_step == pytest.approx(TABLE, abs=3e-4)
-    # Four regimes: warm-up, drift, floor activation, equilibrium.
-    assert applied[:WARMUP_STEPS] == [0.5] * WARMUP_STEPS
-    assert smoothed[WARMUP_STEPS - 1] == 0.5
-    below_floor = next(step for step, weight in enumerate(smoothed) if weight <= 0.05)
-    assert below_floor - WARMUP_STEPS + 1 == pytest.approx(233, abs=3)
-    assert applied[-1] == pytest.approx(0.05 / (0.05 + 0.998), abs=3e-4)
+# Two seeds to the end; the others past epoch 50, where nothing but noise far below the floor is left.
+@pytest.mark.parametrize(("seed", "epochs"), [(42, 200), (123, 51), (456, 51), (789, 51), (1024, 200)])
+def test_the_printed_table(seed: int, epochs: int) -> None:
+    reports = simulate(seed, epochs * STEPS_PER_EPOCH, read_every=STEPS_PER_EPOCH)
+    expected = {epoch: weight for epoch, weight in TABLE.items() if epoch < epochs}
+    applied = {epoch: reports[epoch * STEPS_PER_EPOCH]["applied"]["rul"] for epoch in expected}
+    assert applied == pytest.approx(expected, abs=3e-4)
 
 
-def test_the_drift_follows_the_closed_form() -> None:
+def test_the_four_regimes() -> None:
+    reports = simulate(seed=42, steps=500, read_every=1)
+    applied = [report["applied"]["rul"] for report in reports.values()]
+    smoothed = [report["smoothed"]["rul"] for report in reports.values()]
+    assert applied[:WARMUP_STEPS] == smoothed[:WARMUP_STEPS] == [0.5] * WARMUP_STEPS, "warm-up"
     target = 0.2 / 100.2
-    _, smoothed = simulate(seed=42, epochs=25)
     steps_of_drift = np.arange(1, len(smoothed) - WARMUP_STEPS + 1)
     expected = target + (0.5 - target) * 0.99**steps_of_drift
-    np.testing.assert_allclose(smoothed[WARMUP_STEPS:], expected, atol=1e-4)
+    np.testing.assert_allclose(smoothed[WARMUP_STEPS:], expected, atol=1e-4, err_msg="drift")
+    reached = next(step for step, weight in enumerate(smoothed) if weight <= 0.05)
+    assert reached - WARMUP_STEPS + 1 == pytest.approx(233, abs=1), "the floor is reached"
+    settled = [0.05 / (0.05 + 1 - weight) for weight in smoothed[reached:]]
+    assert applied[reached:] == pytest.approx(settled, abs=1e-6), "equilibrium on the floor"
 
 
 def test_drawing_rows_equals_drawing_in_turn() -> None:
