@@ -1,0 +1,87 @@
+"""What a run writes about itself: CSV rows, events, results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mtlbalance.training import atomic
+
+Row: TypeAlias = dict[str, float | int | None]
+
+_TRAINING_COLUMNS = {"epoch", "step", "lr", "weight_decay", "train_loss", "seconds"}
+
+
+class CsvTable:
+    """A CSV file that grows by a row an epoch; None is an empty field, floats keep all their digits.
+
+    Args:
+        path: the file.
+        rows: those that are known already; the file is cut back to them.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[Row]) -> None:
+        self._path = path
+        self._columns: list[str] = []
+        if rows:
+            self._columns = list(rows[0])
+            atomic.write_text(
+                path, _lines([self._columns, *([row[c] for c in self._columns] for row in rows)])
+            )
+        else:
+            atomic.write_text(path, "")
+
+    def append(self, row: Row) -> None:
+        """Add a row at the end; the first one brings the header."""
+        text = ""
+        if not self._columns:
+            self._columns = list(row)
+            text = _lines([self._columns])
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text + _lines([[row[column] for column in self._columns]]))
+
+
+class EventLog:
+    """``log.jsonl``: one JSON object a line, with its UTC time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, event: str, **details: Any) -> None:
+        """Add an event."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event} | details
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(strict_json(line), default=str) + "\n")
+
+
+def is_training_column(name: str) -> bool:
+    """Return whether a column of ``metrics.csv`` is about training, not a metric of the watched set."""
+    return name in _TRAINING_COLUMNS or name.startswith("train_loss_")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file."""
+    atomic.write_text(path, json.dumps(strict_json(content), indent=2, allow_nan=False) + "\n")
+
+
+def strict_json(value: Any) -> Any:
+    """Return ``value`` with NaN and infinities as null, which strict JSON readers need."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(item) for item in value]
+    return value
+
+
+def _lines(rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,230 @@
+"""One run from its config to its results: ``run_training``."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from mtlbalance.balancers.base import Balancer
+from mtlbalance.errors import DataError, MtlBalanceError
+from mtlbalance.plugins.references import resolve_build
+from mtlbalance.slots import MultiTaskData
+from mtlbalance.training import atomic
+from mtlbalance.training.batches import ShuffleOrder, count_samples, training_batches
+from mtlbalance.training.checkpoints import Checkpoints
+from mtlbalance.training.devices import resolve_device
+from mtlbalance.training.early_stopping import BestEpoch, EarlyStopping
+from mtlbalance.training.environment import describe_environment
+from mtlbalance.training.evaluation import weight_ema
+from mtlbalance.training.metrics import check_metrics
+from mtlbalance.training.model import build_model
+from mtlbalance.training.observers import Observers
+from mtlbalance.training.progress import ProgressReport, RunShape, make_progress
+from mtlbalance.training.record import EventLog, write_json
+from mtlbalance.training.results import evaluation_batches, write_results
+from mtlbalance.training.run_folder import RunFolder, open_run_folder
+from mtlbalance.training.schedules import plateau_schedule
+from mtlbalance.training.seeding import reproducible, seed_everything
+from mtlbalance.training.state import RunState
+from mtlbalance.training.trainer import Trainer, make_optimizer
+
+if TYPE_CHECKING:
+    from mtlbalance.config import RunConfig
+
+_PREEMPTED_EXIT_CODE = 75
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What ``run_training`` did.
+
+    Args:
+        run_dir: the run's folder.
+        results: the content of its ``results.json``.
+        status: ``"finished"``, or ``"already-finished"`` when there was nothing left to do.
+    """
+
+    run_dir: Path
+    results: dict[str, Any]
+    status: Literal["finished", "already-finished"]
+
+
+def run_training(
+    config: RunConfig, *, out: Path | None = None, fresh: bool = False, quiet: bool = False
+) -> RunOutcome:
+    """Train what ``config`` says, or resume it, or say that it is finished.
+
+    Args:
+        config: a checked config.
+        out: the run's folder; default ``{output_dir}/{name}/seed_{seed}``.
+        fresh: set an existing folder aside (``<folder>.old-1``, never deleted) and start again.
+        quiet: show no progress.
+
+    Raises:
+        RunFolderError: the folder is in use, cannot be written, or holds a run of another config.
+        DeviceError: ``run.device`` does not exist here.
+        DataError, PluginError: the data or a plugin cannot be used.
+        TrainingError: training failed, for example on a NaN loss; earlier checkpoints are intact.
+    """
+    run_dir = out if out is not None else default_run_dir(config)
+    with open_run_folder(run_dir) as folder:
+        if not fresh:
+            folder.check_config(config.to_toml(), free_keys=_free_keys(config))
+            results = folder.read_results()
+            if results is not None:
+                return RunOutcome(run_dir, results, "already-finished")
+        device = resolve_device(config.run.device)
+        with reproducible(config.run.seed, deterministic=config.run.deterministic), _sigterm_exits():
+            return _train(config, folder, device, fresh=fresh, progress=make_progress(quiet=quiet))
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """Return ``{output_dir}/{name}/seed_{seed}``."""
+    return config.run.output_dir / config.run.name / f"seed_{config.run.seed}"
+
+
+def _free_keys(config: RunConfig) -> set[str]:
+    """Return the dotted keys that do not decide the result: names and places."""
+    options = {
+        "dataset": config.dataset.options,
+        "backbone": config.backbone.options,
+        "balancer": config.balancer.options,
+    }
+    places = {f"{slot}.{key}" for slot, chosen in options.items() for key in chosen.places}
+    return places | {"run.name", "run.output_dir", "run.device", "plugins"}
+
+
+def _train(
+    config: RunConfig, folder: RunFolder, device: torch.device, *, fresh: bool, progress: ProgressReport
+) -> RunOutcome:
+    data = _build_data(config)
+    # Reading data may draw random numbers or not (a warm cache does not); the model must not depend on it.
+    seed_everything(config.run.seed)
+    state = _build_state(config, data, device)
+    run_dir = folder.path
+
+    # Up to here nothing was written: a run that cannot start leaves what was there before.
+    if fresh and (old := folder.set_aside()) is not None:
+        progress.notice(f"the old run was set aside as {old}")
+    log = EventLog(run_dir / "log.jsonl")
+    resumed = _resume(folder, config, state, device, log)
+    observers = Observers(config.registry.hook, log)
+    observers.notify("on_run_start", run_dir=run_dir, config=config.to_dict())
+    for notice in data.notices:
+        progress.notice(notice)
+    if resumed:
+        progress.notice(
+            f"resuming: epoch {state.epoch} was the last to finish (of {config.training.epochs}, from 0)"
+        )
+
+    batches = training_batches(data.train, state.order, device, num_workers=config.training.num_workers)
+    watched = evaluation_batches(config, data.test if data.validation is None else data.validation, device)
+    trainer = Trainer(state, data, batches, watched, config.training, device)
+    names = [task.name for task in data.tasks]
+    progress.start(
+        RunShape(
+            config.run.name, names, data.key_metric, config.training.epochs, len(batches), state.epoch + 1
+        )
+    )
+    try:
+        stopped = trainer.fit(run_dir, progress, observers)
+    except (KeyboardInterrupt, SystemExit) as interruption:
+        log.write("interrupted", by=type(interruption).__name__, last_finished_epoch=state.epoch)
+        raise
+    except MtlBalanceError as error:
+        log.write("failed", reason=str(error), last_finished_epoch=state.epoch)
+        raise
+    finally:
+        progress.stop()
+    results = write_results(config, folder.path, data, state, device, stopped)
+    log.write("finished", stopped=stopped, best_epoch=state.best.epoch, wall_seconds=state.wall_seconds)
+    observers.notify("on_run_end", run_dir=run_dir, results=results)
+    return RunOutcome(run_dir, results, "finished")
+
+
+def _build_data(config: RunConfig) -> MultiTaskData:
+    data: MultiTaskData = resolve_build(config.dataset.registration)(config.dataset.options)
+    check_metrics(data.tasks)
+    count = count_samples(data.train, "training")
+    count_samples(data.test, "test")
+    if data.validation is not None:
+        count_samples(data.validation, "validation")
+    if config.training.drop_last and count < config.training.batch_size:
+        raise DataError(
+            f"the training set has {count} samples, less than one batch of {config.training.batch_size}, and "
+            "training.drop_last would drop it; lower training.batch_size"
+        )
+    return data
+
+
+def _build_state(config: RunConfig, data: MultiTaskData, device: torch.device) -> RunState:
+    training = config.training
+    backbone: nn.Module = resolve_build(config.backbone.registration)(
+        config.backbone.options, data.inputs, data.tasks
+    )
+    # Built on the CPU and then moved, so that every device starts from the same weights.
+    model = build_model(backbone, data.tasks, name=config.backbone.registration.name).to(device)
+    balancer: Balancer = resolve_build(config.balancer.registration)(config.balancer.options, data.tasks)
+    balancer = balancer.to(device)
+    optimizer = make_optimizer(model, balancer, training)
+    mode = data.key_metric_mode
+    order = ShuffleOrder(
+        count_samples(data.train, "training"),
+        training.batch_size,
+        drop_last=training.drop_last,
+        seed=config.run.seed,
+    )
+    return RunState(
+        model=model,
+        ema=weight_ema(model, training.ema_decay),
+        balancer=balancer,
+        optimizer=optimizer,
+        plateau=plateau_schedule(optimizer, mode, training),
+        order=order,
+        best=BestEpoch(mode),
+        early_stopping=EarlyStopping(BestEpoch(mode, training.min_delta), training.patience),
+    )
+
+
+def _resume(
+    folder: RunFolder, config: RunConfig, state: RunState, device: torch.device, log: EventLog
+) -> bool:
+    """Load the last sound checkpoint into ``state``, or start the folder's files; return whether resumed."""
+    checkpoints = Checkpoints(folder.path / "checkpoints")
+    saved = checkpoints.latest()
+    environment = describe_environment(device)
+    if saved is None:
+        atomic.write_text(folder.config_path, config.to_toml())
+        write_json(folder.path / "environment.json", environment)
+        log.write("started", config_hash=config.result_hash(), device=environment["device"])
+        return False
+    state.load_state_dict(saved)
+    checkpoints.discard_after(state.epoch)
+    log.write("resumed", after_epoch=state.epoch, environment=environment)
+    return True
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM end the process with the exit code of a pre-empted run; the last checkpoint stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        raise SystemExit(_PREEMPTED_EXIT_CODE)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,148 @@
+"""The folder of a run: who may use it, and whether it belongs to this config."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mtlbalance.errors import RunFolderError
+
+_LOCK = ".lock"
+
+
+@dataclass
+class RunFolder:
+    """A locked run folder."""
+
+    path: Path
+    _locks: list[FileLock] = field(default_factory=list)
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.resolved.toml"
+
+    @property
+    def results_path(self) -> Path:
+        """The results; that this file exists means that the run has finished."""
+        return self.path / "results.json"
+
+    def read_results(self) -> dict[str, Any] | None:
+        """Return the results of a finished run, or None."""
+        try:
+            content = json.loads(self.results_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunFolderError(
+                f"{self.results_path} is not valid JSON ({error}); use --fresh to set this folder aside"
+            ) from error
+        return dict(content)
+
+    def check_config(self, resolved_toml: str, *, free_keys: AbstractSet[str]) -> None:
+        """Raise RunFolderError if the folder was made from another config, or is not a run's at all.
+
+        Args:
+            resolved_toml: the config to run now.
+            free_keys: dotted keys that may differ.
+        """
+        if not self.config_path.exists():
+            foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name != _LOCK)
+            if foreign:
+                raise RunFolderError(
+                    f"{self.path} is not empty and not a run folder (it has {', '.join(foreign[:3])}); "
+                    "choose another folder with --out, or use --fresh to set it aside"
+                )
+            return
+        try:
+            before = tomllib.loads(self.config_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"cannot read {self.config_path}: {error}; use --fresh") from error
+        changed = differing_keys(before, tomllib.loads(resolved_toml), free_keys)
+        if changed:
+            raise RunFolderError(
+                f"{self.path} holds a run of another config; these keys differ (there -> here):\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nchoose another run.name or --out, or use --fresh to set the old run aside"
+            )
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder to ``<folder>.old-N`` and make an empty one; return the new name of the old one."""
+        if all(entry.name == _LOCK for entry in self.path.iterdir()):
+            return None
+        number = 1
+        while (old := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        try:
+            self.path.rename(old)
+            self._lock()
+        except OSError as error:
+            raise RunFolderError(f"cannot set {self.path} aside as {old}: {error}") from error
+        return old
+
+    def _lock(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / _LOCK)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderError(
+                f"{self.path} is in use by another process; wait for it, or choose another folder with --out"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            raise RunFolderError(f"cannot write to the run folder {self.path}: {error}") from error
+        self._locks.append(lock)
+
+    def _release(self) -> None:
+        if self.path.is_dir() and all(entry.name == _LOCK for entry in self.path.iterdir()):
+            with contextlib.suppress(OSError):  # nothing came of this run: leave no empty folder behind
+                (self.path / _LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
+        for lock in self._locks:
+            lock.release()
+
+
+@contextmanager
+def open_run_folder(path: Path) -> Iterator[RunFolder]:
+    """Make and lock the folder at ``path`` for the body.
+
+    Raises:
+        RunFolderError: it cannot be written, or another process is using it.
+    """
+    folder = RunFolder(path)
+    folder._lock()
+    try:
+        yield folder
+    finally:
+        folder._release()
+
+
+def differing_keys(
+    before: Mapping[str, Any], now: Mapping[str, Any], free_keys: AbstractSet[str]
+) -> list[str]:
+    """Return ``key: before -> now`` for every dotted key that differs, except those that may."""
+    old, new = _flatten(before), _flatten(now)
+    return [
+        f"{key}: {old.get(key, '(not set)')!r} -> {new.get(key, '(not set)')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in free_keys
+    ]
+
+
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

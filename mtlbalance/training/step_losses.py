@@ -1,0 +1,77 @@
+"""The losses of an epoch's steps, kept on the device until someone reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mtlbalance.errors import TrainingError
+
+_CUDA_CHECK_EVERY_STEPS = 50
+
+
+class StepLosses:
+    """One row a step: each task's mean loss, the balanced total, and the gradient norm before clipping.
+
+    Rows stay on the device, so that no step waits for it; reading them finds the first bad step exactly,
+    however late it is looked for.
+    """
+
+    def __init__(self, tasks: Sequence[str], num_steps: int, device: torch.device) -> None:
+        self.tasks = tuple(tasks)
+        self._values_SC = torch.zeros(num_steps, len(tasks) + 2, device=device)
+        self._counts_SK: list[list[int]] = []
+        self._checked = 0
+        self._check_every = 1 if device.type == "cpu" else _CUDA_CHECK_EVERY_STEPS
+
+    def record(self, losses: Mapping[str, Tensor], total: Tensor, grad_norm: Tensor, epoch: int) -> None:
+        """Keep a step's losses ((B,) by task) and look for a non-finite one, on the CPU at once.
+
+        Raises:
+            TrainingError: a loss or the gradient is NaN or infinite.
+        """
+        nothing = torch.zeros_like(total)
+        row = [losses[task].detach().mean() if task in losses else nothing for task in self.tasks]
+        step = len(self._counts_SK)
+        self._values_SC[step] = torch.stack([value.float() for value in (*row, total.detach(), grad_norm)])
+        self._counts_SK.append([len(losses[task]) if task in losses else 0 for task in self.tasks])
+        if step + 1 - self._checked >= self._check_every:
+            self.check(epoch)
+
+    def check(self, epoch: int) -> None:
+        """Raise TrainingError for the first step since the last check with a non-finite value."""
+        first, end = self._checked, len(self._counts_SK)
+        self._checked = end
+        values = self._values_SC[first:end]
+        if bool(torch.isfinite(values.sum())):  # one non-finite entry makes the sum non-finite
+            return
+        finite_SC = torch.isfinite(values).cpu()
+        if bool(finite_SC.all()):  # the sum itself overflowed
+            return
+        step = int((~finite_SC.all(dim=1)).nonzero()[0])
+        finite_C, value_C = finite_SC[step].tolist(), values[step].tolist()
+        place = f"in epoch {epoch}, step {first + step} (both from 0)"
+        bad = [(task, value_C[k]) for k, task in enumerate(self.tasks) if not finite_C[k]]
+        if bad:
+            named = ", ".join(f"the loss of task {task!r} is {value}" for task, value in bad)
+        elif not finite_C[-2]:
+            named = f"the balanced loss is {value_C[-2]}, although every task's loss is finite"
+        else:
+            named = f"the gradient's norm is {value_C[-1]}, although every loss is finite"
+        raise TrainingError(
+            f"{named} {place}; training stopped, the checkpoints of earlier epochs are intact. "
+            "Look at that task's data, or lower training.lr"
+        )
+
+    def means(self) -> dict[str, float]:
+        """Return ``train_loss`` (mean over steps of the total) and ``train_loss_<task>`` (over samples)."""
+        num_steps = len(self._counts_SK)
+        values = self._values_SC[:num_steps].cpu().double()
+        counts = torch.tensor(self._counts_SK, dtype=torch.float64)
+        means = {"train_loss": float(values[:, -2].mean())}
+        for k, task in enumerate(self.tasks):
+            total = counts[:, k].sum()
+            means[f"train_loss_{task}"] = float((values[:, k] * counts[:, k]).sum() / total)
+        return means
