@@ -87,10 +87,11 @@ def study_workload(hidden_size: int, batch_size: int) -> Workload:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to balance: None is the plain sum."""
+    """A way to balance; without a balancer, the plain sum in one backward pass or in one for each task."""
 
     name: str
     balancer: Callable[[tuple[str, ...]], Balancer] | None
+    backward_per_task: bool = False
     reads_features: bool = False
     steps_at_least: int = 1
 
@@ -103,6 +104,7 @@ def gaba(**options: int | str) -> Callable[[tuple[str, ...]], Balancer]:
 VARIANTS = (
     Variant("equal weighting", None),
     Variant("Fixed", FixedWeightLoss),
+    Variant("K backward passes, no balancing", None, backward_per_task=True),
     Variant("GABA (direct)", gaba()),
     Variant("GABA (K+1 passes)", gaba(delivery="weighted_sum")),
     Variant(f"GABA every {UPDATE_EVERY}th", gaba(update_every=UPDATE_EVERY), steps_at_least=UPDATE_EVERY),
@@ -122,11 +124,13 @@ def training_steps(workload: Workload, variant: Variant) -> Iterator[None]:
         optimizer.zero_grad()
         features = trunk(workload.inputs)
         losses = workload.losses({task: heads[task](features) for task in workload.tasks})
-        if balancer is None:
-            loss = torch.stack(list(losses.values())).sum()
+        if variant.backward_per_task:  # what no method that reads every task's gradient can go below
+            for task, loss in losses.items():
+                loss.backward(retain_graph=task != workload.tasks[-1])  # type: ignore[no-untyped-call]
+        elif balancer is None:
+            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         else:
-            loss = balancer(losses, shared_params=features if variant.reads_features else shared)
-        loss.backward()  # type: ignore[no-untyped-call]
+            balancer(losses, shared_params=features if variant.reads_features else shared).backward()
         optimizer.step()
         yield
 

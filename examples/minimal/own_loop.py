@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtlbalance import GABALoss
 
 TASKS = ("distance", "angle")
-STEPS, BATCH_SIZE = 800, 64
+STEPS, BATCH_SIZE = 500, 64
 
 
 class Model(nn.Module):
