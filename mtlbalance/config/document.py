@@ -127,7 +127,7 @@ def read_document(path: Path) -> Document:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise _whole_file(path, "there is no such file") from None
+        raise _whole_file(path, "there is no such config file") from None
     except IsADirectoryError:
         raise _whole_file(path, "this is a folder, not a config file") from None
     except OSError as error:

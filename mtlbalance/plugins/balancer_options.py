@@ -12,12 +12,17 @@ from mtlbalance.plugins.registrations import PluginConfig, Problem
 from mtlbalance.slots import TaskSpec
 
 Weight: TypeAlias = Annotated[float, Field(ge=0)]
+Sync: TypeAlias = Annotated[
+    Literal["gradients", "norms", "none"],
+    Field(description="what is averaged over ranks before it is read; gradients: exact"),
+]
 
 
 class _Weighted(PluginConfig):
     weights: dict[str, Weight] | list[Weight] | None = Field(
         None, description="weight by task, or a list in the dataset's order; used as given; none: 1/K each"
     )
+    sync: Sync = "gradients"
 
 
 class _FailureWeighted(PluginConfig):
@@ -45,12 +50,10 @@ class GABAOptions(PluginConfig):
         0.05, ge=0, le=1, description="floor of a weight before renormalising; at most 1/K"
     )
     update_every: int = Field(1, ge=1, description="steps between measurements of the gradient norms")
-    sync: Literal["gradients", "norms", "none"] = Field(
-        "gradients", description="what is averaged over ranks; gradients: exact"
-    )
     delivery: Literal["auto", "direct", "weighted_sum"] = Field(
         "auto", description="direct: reuse the measured gradients; weighted_sum: one ordinary backward"
     )
+    sync: Sync = "gradients"
 
 
 class GRACEOptions(GABAOptions, _FailureWeighted):

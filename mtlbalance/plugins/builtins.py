@@ -44,7 +44,7 @@ class MLPOptions(PluginConfig):
 
 
 def toy_tasks(_: ToyOptions) -> tuple[TaskSpec, ...]:
-    """Return the tasks of ``toy``: a target in the hundreds, and one in the hundredths."""
+    """Return the tasks of ``toy``: targets with a spread of 30 and of 0.1."""
     return (
         TaskSpec("large", "regression", "mse", metrics=("rmse",)),
         TaskSpec("small", "regression", "mse", metrics=("rmse",)),
@@ -57,7 +57,7 @@ def register_datasets() -> list[DatasetRegistration]:
     return [
         DatasetRegistration(
             "toy",
-            "two made-up regressions, one in the hundreds and one in the hundredths",
+            "two made-up regressions whose losses differ by a factor of 1e5",
             ToyOptions,
             "mtlbalance.datasets.toy:build",
             toy_tasks,

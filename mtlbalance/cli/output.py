@@ -1,0 +1,108 @@
+"""What the commands print: results and JSON on stdout; errors, warnings and notices on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from mtlbalance.errors import MtlBalanceError
+from mtlbalance.plugins.manager import PluginWarning
+
+_PACKAGE = str(Path(__file__).parent.parent)
+_STYLES = {"error:": "bold red", "warning:": "bold yellow", "notice:": "bold", "help:": "cyan", "-->": "blue"}
+_PIPE_WIDTH = 120  # where nothing says how wide a line may be
+
+
+def stdout_console() -> Console:
+    """Return a console on today's stdout; tables are not squeezed when it is a pipe."""
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal and console.width == 80:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+def print_json(document: Any) -> None:
+    """Print the one JSON document of a ``--json`` command."""
+    print(json.dumps(document, indent=2, default=str))
+
+
+def print_stderr(text: str) -> None:
+    """Print a message, coloured in a terminal, exactly as it is elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    for line in text.splitlines():
+        word, style = _leading_style(line)
+        styled = Text(line)
+        if style:
+            start = line.index(word)
+            styled.stylize(style, start, start + len(word))
+        elif line.lstrip(" |").startswith("^"):
+            styled.stylize("bold red", line.index("^"))
+        console.print(styled, soft_wrap=True)
+
+
+def _leading_style(line: str) -> tuple[str, str]:
+    word = line.split(maxsplit=1)[0] if line.strip() else ""
+    return word, _STYLES.get(word, "")
+
+
+def report_error(error: MtlBalanceError, *, as_json: bool) -> None:
+    """Print what went wrong; with ``as_json`` as a JSON document on stdout as well."""
+    text = str(error)
+    print_stderr(text if text.startswith("error:") else f"error: {text}")
+    if as_json:
+        problems = [problem.to_dict() for problem in getattr(error, "problems", [])]
+        document: dict[str, Any] = {
+            "type": type(error).__name__,
+            "message": text,
+            "exit_code": error.exit_code,
+        }
+        print_json({"error": document | ({"problems": problems} if problems else {})})
+
+
+def report_usage_error(message: str, command: str, *, as_json: bool) -> None:
+    """Print what is wrong with a command line."""
+    print_stderr(f"error: {message}\nhelp: see '{command} --help'")
+    if as_json:
+        print_json({"error": {"type": "UsageError", "message": message, "exit_code": 2}})
+
+
+def report_internal_error(error: BaseException, *, as_json: bool) -> None:
+    """Print a fault of mtlbalance or of a plugin: one line, then the traceback for whoever mends it."""
+    line = f"internal error: {type(error).__name__}: {error}"
+    print("".join(traceback.format_exception(error)), file=sys.stderr, end="")
+    print_stderr(f"error: {line}\nhelp: this is a fault in mtlbalance or in a plugin; the traceback is above")
+    if as_json:
+        print_json({"error": {"type": type(error).__name__, "message": line, "exit_code": 1}})
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show mtlbalance's own warnings as a line for the user, and others as Python does."""
+    with warnings.catch_warnings():
+        as_python_does = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if file is None and (issubclass(category, PluginWarning) or filename.startswith(_PACKAGE)):
+                print_stderr(f"warning: {message}")
+            else:
+                as_python_does(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        warnings.filterwarnings("default", category=PluginWarning)  # also under -W error: never a crash
+        yield

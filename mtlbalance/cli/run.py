@@ -1,0 +1,93 @@
+"""``mtlbalance run``: train what a config says and show what came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mtlbalance.cli.configs import ConfigArgument, JsonOption, OverridesArgument, load
+from mtlbalance.cli.output import print_json, stdout_console
+
+if TYPE_CHECKING:
+    from mtlbalance.training import RunOutcome
+
+
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder.", show_default="{output_dir}/{name}/seed_{seed}"),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set an existing run aside and start again.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one run; on the folder of an earlier one, resume it or say that it is finished."""
+    loaded = load(config, overrides)
+    from mtlbalance.training import run_training  # torch, only now that the config is known to be good
+
+    with redirect_stdout(sys.stderr):  # stdout is for the result, whatever a plugin prints
+        outcome = run_training(loaded, out=out, fresh=fresh, quiet=quiet)
+    if as_json:
+        print_json({**outcome.results, "run_dir": str(outcome.run_dir), "status": outcome.status})
+    else:
+        _print_outcome(outcome)
+
+
+def _print_outcome(outcome: RunOutcome) -> None:
+    results = outcome.results
+    console = stdout_console()
+    if outcome.status == "already-finished":
+        console.print(f"{results['run']} is finished already; --fresh starts it again", markup=False)
+    key = results.get("key_metric", "")
+    scored_on = "test set" if "validation_metrics" in results else ""
+    table = Table(
+        title=f"{results['run']}: {results['dataset']}, {results['backbone']}, {results['method']}, "
+        f"seed {results['seed']}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("metric")
+    table.add_column(f"best epoch ({results['best_epoch']})", justify="right")
+    table.add_column(f"last epoch ({results['epochs_run'] - 1})", justify="right")
+    for name in sorted(results["metrics"], key=lambda name: name != key):
+        table.add_row(
+            f"{name} (key)" if name == key else name,
+            _number(results["metrics"][name]),
+            _number(results["final_metrics"].get(name)),
+            style="bold" if name == key else None,
+        )
+    console.print(table)
+    rows = {
+        "protocol": results["protocol"],
+        "data source": results["data_source"],
+        "measured on": scored_on,
+        "weights": _weights(results.get("weights", {})),
+        "stopped": results.get("stopped", ""),
+        "time": f"{results['wall_seconds']:.1f} s",
+        "written to": str(outcome.run_dir),
+    }
+    for label, value in rows.items():
+        if value:
+            console.print(f"{label:<12} {value}", markup=False, soft_wrap=True)
+    for notice in results.get("notices", []):
+        console.print(f"{'notice':<12} {notice}", markup=False, soft_wrap=True)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4f}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.4g}"
+
+
+def _weights(weights: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{task} {weight:.4f}" for task, weight in weights.items() if weight is not None)
