@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtlbalance.config import RunConfig, load_config
+
+PLUGIN = Path(__file__).parent / "training_plugin.py"
+CONFIG = f"""
+plugins = ["{PLUGIN}"]
+[run]
+name = "trial"
+seed = 3
+device = "cpu"
+output_dir = "OUTPUT"
+[dataset]
+name = "pairs"
+[backbone]
+name = "net"
+[balancer]
+name = "gaba"
+warmup_steps = 5
+[training]
+epochs = 6
+batch_size = 16
+lr = 0.02
+warmup_epochs = 2
+ema_decay = 0.8
+"""
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """Returns ``configure(*overrides) -> RunConfig`` of a small run below ``tmp_path``."""
+
+    def make(*overrides: str) -> RunConfig:
+        path = tmp_path / "trial.toml"
+        path.write_text(CONFIG.replace("OUTPUT", str(tmp_path / "runs")))
+        return load_config(path, overrides)
+
+    return make
+
+
+@pytest.fixture
+def plugin(configure: Configure) -> Iterator[Any]:
+    """The test plugin's module, its traces empty."""
+    configure()
+    module: Any = sys.modules["training_plugin"]
+    module.trace.clear()
+    module.reads.clear()
+    yield module
+    module.interrupt_after = None
+    module.observer_fails_in = ""
+
+
+@pytest.fixture
+def read_csv() -> Callable[..., list[dict[str, str]]]:
+    """Returns ``read_csv(path, drop=()) -> rows``."""
+
+    def read(path: Path, drop: tuple[str, ...] = ()) -> list[dict[str, str]]:
+        with path.open(newline="") as file:
+            return [{key: value for key, value in row.items() if key not in drop} for row in csv.DictReader(file)]
+
+    return read

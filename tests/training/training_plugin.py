@@ -1,0 +1,224 @@
+"""A third-party plugin for the trainer's tests: data, networks, losses, a balancer and an observer that leave traces.
+
+Loaded by path through a config's ``plugins``; the tests reach it as ``sys.modules["training_plugin"]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mtlbalance import Balancer, FixedWeightLoss
+from mtlbalance.datasets import InMemoryDataset
+from mtlbalance.plugins import (
+    BackboneRegistration,
+    BalancerRegistration,
+    DatasetRegistration,
+    InputSpec,
+    MultiTaskData,
+    PluginConfig,
+    TaskSpec,
+    hookimpl,
+)
+
+trace: list[tuple[Any, ...]] = []
+reads: dict[str, int] = {}
+interrupt_after: int | None = None
+observer_fails_in = ""
+
+
+class Items(Dataset[Any]):
+    """Not an ``InMemoryDataset``: read sample by sample, counted."""
+
+    def __init__(self, tensors: InMemoryDataset, which: str) -> None:
+        self.tensors, self.which = tensors, which
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: int) -> Any:
+        reads[self.which] = reads.get(self.which, 0) + 1
+        trace.append(("fetch", self.which))
+        return self.tensors[index]
+
+
+class PairsOptions(PluginConfig):
+    samples: int = 60
+    storage: Literal["memory", "items"] = "memory"
+    validation: bool = True
+    float64: bool = False
+    empty: bool = False
+    nan_target_at: int | None = None
+    nan_loss_in_epoch: int | None = None
+    key_metric: str = "level_rmse"
+    constant_metric: bool = False
+
+
+def pair_tasks(options: PairsOptions) -> tuple[TaskSpec, ...]:
+    level_loss: Any = "mse" if options.nan_loss_in_epoch is None else NanInEpoch(options)
+    return (
+        TaskSpec("level", "regression", level_loss, metrics=("rmse", "mae", "r2")),
+        TaskSpec("kind", "classification", "cross_entropy", 3, metrics=("accuracy", "f1")),
+    )
+
+
+class NanInEpoch:
+    """An MSE that is NaN in the second batch (of 16) of one epoch."""
+
+    def __init__(self, options: PairsOptions) -> None:
+        batches = math.ceil(options.samples / 16)
+        self.bad_call = (options.nan_loss_in_epoch or 0) * batches + 1
+        self.calls = 0
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return (prediction - target).square() * (math.nan if self.calls - 1 == self.bad_call else 1.0)
+
+
+def build_pairs(options: PairsOptions) -> MultiTaskData:
+    dtype = torch.float64 if options.float64 else torch.float32
+    generator = torch.Generator().manual_seed(7)
+    direction = torch.randn(4, generator=generator, dtype=dtype)
+
+    def one_set(which: str, samples: int) -> Any:
+        inputs = torch.randn(samples, 4, generator=generator, dtype=dtype)
+        level = 10 * (inputs @ direction) + torch.randn(samples, generator=generator, dtype=dtype)
+        if which == "train" and options.nan_target_at is not None:
+            level[options.nan_target_at] = math.nan
+        kind = torch.bucketize(inputs[:, 0].contiguous(), torch.tensor([-0.5, 0.5], dtype=dtype))
+        tensors = InMemoryDataset(inputs, {"level": level, "kind": kind}, {"row": torch.arange(samples)})
+        return Items(tensors, which) if options.storage == "items" else tensors
+
+    train, validation, test = one_set("train", options.samples), one_set("validation", 24), one_set("test", 30)
+    return MultiTaskData(
+        train=torch.utils.data.Subset(train, []) if options.empty else train,
+        validation=validation if options.validation else None,
+        test=test,
+        tasks=pair_tasks(options),
+        inputs=InputSpec((4,), "4 features"),
+        key_metric="constant" if options.constant_metric else options.key_metric,
+        evaluate=evaluate,
+        protocol="honest" if options.validation else "paper",
+        data_source="made-up",
+        facts={"engines": 3},
+        notices=("these data are made up",),
+    )
+
+
+def evaluate(
+    predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], meta: Mapping[str, Tensor]
+) -> dict[str, float]:
+    trace.append(("evaluate", len(meta["row"])))
+    in_order = bool((meta["row"] == torch.arange(len(meta["row"]))).all())
+    return {"samples": float(len(targets["level"])), "in_order": float(in_order), "constant": 1.0}
+
+
+class NetOptions(PluginConfig):
+    width: int = 8
+    normalise: bool = True
+    dropout: float = 0.2
+    float64: bool = False
+    frozen: bool = False
+
+
+class Net(nn.Module):
+    """A trunk with BatchNorm and dropout; the trunk's forward and backward leave traces."""
+
+    def __init__(self, options: NetOptions) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(4, options.width)]
+        if options.normalise:
+            layers.append(nn.BatchNorm1d(options.width))
+        layers.append(nn.Tanh())
+        if options.dropout:
+            layers.append(nn.Dropout(options.dropout))
+        self.trunk = nn.Sequential(*layers)
+        self.feature_size = options.width
+        if options.float64:
+            heads = {"level": nn.Linear(options.width, 1), "kind": nn.Linear(options.width, 3)}
+            self.heads = nn.ModuleDict(heads)
+            self.double()
+        if options.frozen:
+            self.heads = nn.ModuleDict({"level": nn.Linear(options.width, 1), "kind": nn.Linear(options.width, 3)})
+            self.requires_grad_(False)
+        self.trunk.register_forward_hook(leave_trace)
+
+
+def leave_trace(module: nn.Module, _: Any, output: Tensor) -> None:
+    trace.append(("forward" if module.training else "forward-eval",))
+    if module.training and output.requires_grad:
+        output.register_hook(lambda gradient: trace.append(("backward",)))
+
+
+class TracedOptions(PluginConfig):
+    pass
+
+
+class Traced(FixedWeightLoss):
+    """Fixed weights that leave traces."""
+
+    def forward(self, *losses: Any, **context: Any) -> Tensor:
+        trace.append(("balancer", {task: tuple(loss.shape) for task, loss in losses[0].items()}, sorted(context)))
+        return super().forward(*losses, **context)
+
+    def end_epoch(self) -> None:
+        trace.append(("end_epoch",))
+
+
+class Learned(Balancer):
+    """exp(-s)·L + s/2 a task, and a parameter that no gradient ever moves."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        super().__init__(tasks)
+        self.log_variances = nn.Parameter(torch.full((len(self.tasks),), 2.0))
+        self.idle = nn.Parameter(torch.ones(()))
+
+    def forward(self, *losses: Any, **_: Any) -> Tensor:
+        terms = [
+            torch.exp(-scale) * losses[0][task].mean() + scale / 2
+            for task, scale in zip(self.tasks, self.log_variances, strict=True)
+        ]
+        return torch.stack(terms).sum() + 0.0 * self.idle
+
+
+@hookimpl
+def register_datasets() -> list[DatasetRegistration]:
+    return [DatasetRegistration("pairs", "a regression and a classification", PairsOptions, build_pairs, pair_tasks)]
+
+
+@hookimpl
+def register_backbones() -> list[BackboneRegistration]:
+    return [BackboneRegistration("net", "a small trunk", NetOptions, lambda options, *_: Net(options))]
+
+
+@hookimpl
+def register_balancers() -> list[BalancerRegistration]:
+    return [
+        BalancerRegistration("traced", "fixed", TracedOptions, lambda _, tasks: Traced([t.name for t in tasks])),
+        BalancerRegistration("learned", "learned", TracedOptions, lambda _, tasks: Learned([t.name for t in tasks])),
+    ]
+
+
+@hookimpl
+def on_run_start(run_dir: Path, config: Mapping[str, Any]) -> None:
+    trace.append(("on_run_start", config["run"]["name"]))
+
+
+@hookimpl
+def on_epoch_end(run_dir: Path, epoch: int, metrics: Mapping[str, float]) -> None:
+    trace.append(("on_epoch_end", epoch, sorted(path.name for path in (run_dir / "checkpoints").iterdir())))
+    if observer_fails_in == "on_epoch_end":
+        raise ValueError("the tracker is away")
+    if interrupt_after is not None and epoch >= interrupt_after:
+        raise KeyboardInterrupt
+
+
+@hookimpl
+def on_run_end(run_dir: Path, results: Mapping[str, Any]) -> None:
+    trace.append(("on_run_end", results["best_epoch"], (run_dir / "results.json").exists()))
