@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mtlbalance.balancers.base import Balancer, Call, Sync
 from mtlbalance.balancers.checks import integer, one_of
 from mtlbalance.balancers.delivery import GradientSum
-from mtlbalance.balancers.graph import obstacle_to_direct_delivery, reaches, trace
+from mtlbalance.balancers.graph import come_for_free, obstacle_to_direct_delivery, reaches, trace
 from mtlbalance.balancers.shared import discover_shared, list_shared, missing_shared, unrelated_shared
 from mtlbalance.balancers.signals import (
     Gradients,
@@ -50,8 +50,8 @@ class GradientBalancer(Balancer):
 
     **Delivery.** *Direct* makes K trunk passes: the task gradients that were measured, weighted and summed,
     are what ``backward()`` hands over. *Weighted sum* probes (K passes, only down to the shared tensors) and
-    then differentiates Σ w_k·L_k once more. ``"auto"`` delivers directly when the shared tensors cover
-    everything that two tasks share, and by weighted sum otherwise (a suffix of the trunk, parameter hooks).
+    then differentiates Σ w_k·L_k once more. ``"auto"`` delivers directly when a pass down to the shared tensors
+    covers everything that two tasks share, and by weighted sum otherwise (a suffix of the trunk, tensor hooks).
 
     Args:
         tasks: K >= 1 unique task names.
@@ -129,8 +129,9 @@ class GradientBalancer(Balancer):
         nothing: dict[int, list[Tensor]] = {index: [] for index in call.losses}
         if self.delivery == "weighted_sum":
             return False, nothing
-        reach = trace(list(call.losses.values()), shared)
-        if self.delivery == "auto" and reach.several:
+        losses = list(call.losses.values())
+        reach = trace(losses, shared)
+        if self.delivery == "auto" and reach.several and not come_for_free(reach.several, losses, shared):
             return False, nothing
         others = {index: own + reach.several for index, own in zip(call.losses, reach.own, strict=True)}
         obstacle = obstacle_to_direct_delivery(shared, [tensor for own in others.values() for tensor in own])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Node: TypeAlias = Any  # the C++ nodes of autograd have no common Python base
 Edge: TypeAlias = tuple[Node, int]
@@ -93,6 +93,33 @@ def _next_nodes(node: Node, stops: frozenset[Edge]) -> Iterator[Node]:
     for edge in node.next_functions:
         if edge[0] is not None and edge not in stops:
             yield edge[0]
+
+
+def come_for_free(leaves: Sequence[Tensor], losses: Sequence[Tensor], shared: Sequence[Tensor]) -> bool:
+    """Return whether a pass down to ``shared`` runs every operation that ``leaves`` feed into anyway.
+
+    True for a normalisation left out of ``shared``; False for the layers below a shared layer, which a probe
+    would otherwise not enter. Leaves that are no parameters, such as inputs that require a gradient, hang
+    below the first layer and are taken as free.
+    """
+    stops = _edges_of(shared)
+    nodes = nodes_below([node for loss in losses for node in _roots(loss, stops)], stops)
+    users: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for below, _ in node.next_functions:
+            users.setdefault(below, []).append(node)
+    shared_ids = {id(tensor) for tensor in shared}
+    pending = [node for node in nodes if id(getattr(node, "variable", None)) in shared_ids]
+    pending += [node for node in nodes if any(edge in stops for edge in node.next_functions)]
+    run: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in run:
+            run.add(node)
+            pending.extend(users.get(node, []))
+    wanted = {id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter)}
+    ends = [node for node in nodes if id(getattr(node, "variable", None)) in wanted]
+    return all(user in run for node in ends for user in users.get(node, []))
 
 
 def reaches(loss: Tensor, tensors: Sequence[Tensor]) -> bool:
