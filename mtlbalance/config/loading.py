@@ -52,6 +52,7 @@ class _Reader:
         self.data = document.data
         self.problems = list(document.problems)
         self.registry = PluginRegistry()
+        self.faulty_options: dict[str, set[str | int]] = {}
 
     def read(self) -> RunConfig:
         self.check_top_level()
@@ -76,6 +77,10 @@ class _Reader:
             registry=self.registry,
             notices=tuple(self.document.notices),
         )
+
+    @property
+    def listed_are_broken(self) -> bool:
+        return any(broken.listed_index is not None for broken in self.registry.broken)
 
     def problem(self, message: str, place: Place, advice: str = "") -> None:
         self.problems.append(LocatedProblem(message, place, advice))
@@ -146,7 +151,7 @@ class _Reader:
             else self.document.table_place(section)
         )
         advice = fault.help
-        if "must be text" in fault.message and self.document.is_override((section, *fault.path)):
+        if "must be text, not" in fault.message and self.document.is_override((section, *fault.path)):
             key, _, value = place.source.removeprefix("command line: ").partition("=")
             advice = f"""quote it to give text: '{key}="{value}"'"""
         self.problem(fault.message, place, advice)
@@ -187,7 +192,11 @@ class _Reader:
             return None
         if name not in names:
             close = did_you_mean(name, names).removeprefix("; ")
-            self.problem(f"unknown {slot} {name!r}", place, f"{close} {available}".strip())
+            if not close and self.listed_are_broken:
+                close = "it may come with the plugin that could not be loaded;"
+            elif not close:
+                close = "a plugin that is not installed must be listed in plugins = [...];"
+            self.problem(f"unknown {slot} {name!r}", place, f"{close} {available}")
             return None
         try:
             registration = self.registry.get(slot, name)
@@ -196,7 +205,16 @@ class _Reader:
             return None
         options = {key: value for key, value in section.items() if key != "name"}
         valid = self.validated(registration.config, slot, options, f"[{slot}] ({name})")
+        if valid is None:  # what is left without the faulty options lets later checks go on
+            valid = self.without_faults(registration.config, slot, options)
         return None if valid is None else Choice(registration, valid)
+
+    def without_faults(self, model: type[Model], slot: str, options: dict[str, Any]) -> Model | None:
+        _, faults = validate(model, options, "")
+        at_fault = {fault.path[0] for fault in faults if fault.path}
+        self.faulty_options[slot] = at_fault
+        valid, _ = validate(model, {key: options[key] for key in options if key not in at_fault}, "")
+        return valid
 
     def tasks(self, dataset: Any) -> tuple[TaskSpec, ...]:
         if dataset is None:
@@ -231,10 +249,12 @@ class _Reader:
             return
         for item in found:
             path = tuple(item.key.split("."))
+            if path[0] in self.faulty_options.get("balancer", ()):
+                continue
             unknown_key = "unknown" in item.message and len(path) > 1
             self.report(
                 "balancer",
-                Fault(path, "key" if unknown_key else "value", f"{item.message} in {label}", item.suggestion),
+                Fault(path, "key" if unknown_key else "value", f"{label}: {item.message}", item.suggestion),
             )
 
 
@@ -244,4 +264,4 @@ def default_name(path: Path) -> str:
     >>> default_name(Path("my study (2).toml"))
     'my-study-2'
     """
-    return re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "run"
+    return re.sub(r"[^\w.-]+", "-", path.stem, flags=re.ASCII).strip("-.") or "run"

@@ -28,9 +28,9 @@ Registered = TypeVar("Registered", bound=Registration, covariant=True)
 _NOT_RESULT = {"name", "output_dir", "device"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice(Generic[Registered]):
-    """The plugin chosen for a slot and its validated options."""
+    """The plugin chosen for a slot and its validated options; equal when name and options are."""
 
     registration: Registered
     options: PluginConfig
@@ -39,6 +39,14 @@ class Choice(Generic[Registered]):
     def name(self) -> str:
         """The name in the config."""
         return self.registration.name
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what the config says: a plugin's hook makes a new registration each time it is loaded."""
+        if not isinstance(other, Choice):
+            return NotImplemented
+        return (self.name, self.options) == (other.name, other.options)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the section as JSON values, the name first."""

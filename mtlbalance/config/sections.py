@@ -18,7 +18,8 @@ class RunSection(Section):
     """``[run]``: the run's name, folder and device; only ``seed`` and ``deterministic`` decide the result."""
 
     name: str = Field(
-        pattern=r"^\w[\w.-]*$", description="letters, digits, _ . and -; default: the config file's name"
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        description="letters, digits, _ . and -; default: the config file's name",
     )
     seed: int = Field(42, ge=0, le=2**32 - 1, description="seeds every random generator")
     device: str = Field(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import annotated_types
 from pydantic import BaseModel, ValidationError
@@ -174,9 +174,7 @@ def _expected(detail: ErrorDetails, field: Any) -> str:
         if not bounds and kind in _BOUNDS:
             key, words = _BOUNDS[kind]
             bounds = f"{words} {number(context[key])}"
-        whole = kind in ("int_type", "int_from_float") or (
-            field is not None and _takes_ints(field.annotation)
-        )
+        whole = kind != "float_type" and (kind not in _BOUNDS or _is_whole(context[_BOUNDS[kind][0]]))
         return f"{'a whole number' if whole else 'a number'} {bounds}".strip()
     if kind in _KINDS:
         return _KINDS[kind]
@@ -195,9 +193,8 @@ def _expected(detail: ErrorDetails, field: Any) -> str:
     return message.removeprefix("Input should be ").rstrip(".")
 
 
-def _takes_ints(annotation: Any) -> bool:
-    members = get_args(annotation) or (annotation,)
-    return int in members and float not in members
+def _is_whole(bound: Any) -> bool:
+    return isinstance(bound, int)  # pydantic gives a bound in the type that it checks
 
 
 def _choices(detail: ErrorDetails) -> list[str]:
