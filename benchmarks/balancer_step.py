@@ -3,7 +3,7 @@
 Everything runs in one process on one thread, in interleaved rounds; a ratio pairs the CPU times of one round.
 
     python benchmarks/balancer_step.py --models mlp --tasks 2 4 8 16
-    python benchmarks/balancer_step.py --models study --rounds 3 --out runs/benchmarks/study.json
+    python benchmarks/balancer_step.py --models study --out runs/benchmarks/study.json
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def workloads(args: argparse.Namespace) -> Iterator[tuple[Workload, int]]:
         for tasks_count in args.tasks:
             yield mlp_workload(tasks_count, args.width, args.batch_size), args.rounds or 40
     if "study" in args.models:
-        yield study_workload(args.hidden_size, args.batch_size), args.rounds or 3
+        yield study_workload(args.hidden_size, args.batch_size), args.rounds or 5
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -177,7 +177,7 @@ def parse_arguments() -> argparse.Namespace:
         "--hidden-size", type=int, default=256, help="of the study model (default: 256, 3.5 M)"
     )
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, help="default: 40 for the mlp, 3 for the study model")
+    parser.add_argument("--rounds", type=int, help="default: 40 for the mlp, 5 for the study model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     return parser.parse_args()
