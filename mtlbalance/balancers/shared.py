@@ -76,13 +76,11 @@ def missing_shared(method: str) -> SharedParametersError:
 
 def unrelated_shared(task: str, shared: Sequence[Tensor]) -> SharedParametersError:
     """The error for a task whose loss does not depend on any shared tensor."""
-    kind = type(shared[0]).__name__
-    hint = (
-        "; sharded parameters (FSDP2) give no gradient here: pass the shared features instead"
-        if kind == "DTensor"
-        or any(type(getattr(tensor, "data", None)).__name__ == "DTensor" for tensor in shared)
-        else ""
-    )
+    hint = ""
+    if any(type(tensor.data).__name__ == "DTensor" for tensor in shared):
+        hint = "; sharded parameters (FSDP2) give no gradient here: pass the shared features instead"
+    elif not any(tensor.is_leaf for tensor in shared):
+        hint = "; DistributedDataParallel may return copies of a model's outputs: keep the features inside the model"
     return SharedParametersError(
         f"the loss of task {task!r} does not depend on any of the {len(shared)} tensors in shared_params; "
         f"{_WHAT_TO_PASS}{hint}"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtlbalance.plugins.references import resolve_build
 from mtlbalance.plugins.manager import load_plugins
+from mtlbalance.plugins.references import resolve_build
 from mtlbalance.slots import TaskSpec
 
 REGISTRY = load_plugins(entry_points=False)

@@ -83,7 +83,7 @@ def test_the_legacy_form_divides_each_loss_by_itself():
 
 def test_what_failure_weighting_needs():
     for cls in (AMNLLoss, GRACELoss):
-        with pytest.raises(BalancerError, match="biased_task: unknown task 'rull'.*did you mean 'rul'"):
+        with pytest.raises(BalancerError, match=r"biased_task: unknown task 'rull'.*did you mean 'rul'"):
             cls(("rul", "health"), biased_task="rull", target_cap=125.0)
         with pytest.raises(BalancerError, match="target_cap"):
             cls(("rul", "health"), biased_task="rul", target_cap=0.0)

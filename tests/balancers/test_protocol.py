@@ -76,7 +76,7 @@ def test_wrong_calls_say_what_is_wrong(method, make, problem):
     balancer = make(method, ("rul", "health"))
     loss = p.losses()["rul"]
     shared = {"shared_params": p.trunk, "targets": p.targets}
-    with pytest.raises(BalancerError, match="unknown task 'healht'.*did you mean 'health'"):
+    with pytest.raises(BalancerError, match=r"unknown task 'healht'.*did you mean 'health'"):
         balancer({"rul": loss, "healht": loss}, **shared)
     with pytest.raises(BalancerError, match="2 losses in the order"):
         balancer(loss, **shared)

@@ -1,0 +1,141 @@
+"""N ranks equal one: real processes under DDP against one process on the whole batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mtlbalance import GABALoss
+from mtlbalance.errors import NonFiniteWarning, SharedParametersError
+from mtlbalance.plugins.manager import load_plugins
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+BALANCERS = load_plugins(entry_points=False).names("balancer")
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module")
+def worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ranks_worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def runs(request, tmp_path_factory) -> tuple[int, list[dict]]:
+    world: int = request.param
+    folder = tmp_path_factory.mktemp(f"ranks{world}")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(WORKER),
+                str(rank),
+                str(world),
+                str(folder / "store"),
+                str(folder),
+                ",".join(BALANCERS),
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+    return world, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def reference(worker: ModuleType, method: str, name: str, world: int) -> dict:
+    inputs, targets = worker.data(world)
+    return worker.train(method, worker.scenarios()[name], 0, 1, inputs, targets)
+
+
+EXACT = ["parameters", "weighted sum", "absent on rank 1", "absent, by weighted sum"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_ranks_equal_one_process(method, runs, worker, name):
+    world, ranks = runs
+    expected = reference(worker, method, name, world)
+    for found in (rank[f"{method}/{name}"] for rank in ranks):
+        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+        for ours, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["features", "absent, features"])
+def test_features_equal_one_process(method, runs, worker, name):
+    """Norms on the features of one rank's samples combine to the norm on the features of all samples."""
+    world, ranks = runs
+    expected = reference(worker, method, name, world)
+    for found in (rank[f"{method}/{name}"] for rank in ranks):
+        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+        for ours, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_norms_are_an_approximation_that_all_ranks_share(method, runs, worker):
+    world, ranks = runs
+    exact = reference(worker, method, "parameters", world)["weights"]
+    first = ranks[0][f"{method}/norms"]
+    for other in ranks[1:]:
+        assert other[f"{method}/norms"]["weights"] == first["weights"]
+        for ours, theirs in zip(other[f"{method}/norms"]["parameters"], first["parameters"], strict=True):
+            assert torch.equal(ours, theirs)
+    for ours, theirs in zip(first["weights"], exact, strict=True):
+        assert ours == pytest.approx(theirs, abs=0.1)
+
+
+def test_one_rank_that_overflows_stops_the_state_of_all(method, runs):
+    _, ranks = runs
+    seen = [rank[f"{method}/non-finite on rank 1"] for rank in ranks]
+    assert [one["nonfinite"] for one in seen] == [1] * len(ranks)
+    for one in seen:
+        assert one["weights"] == seen[0]["weights"]
+        assert one["weights"][2] == one["weights"][1]
+
+
+def test_without_synchronisation_gaba_drifts_apart(runs):
+    """What the other modes are for; a test that could not fail would not show it."""
+    _, ranks = runs
+    weights = [rank["gaba/none"]["weights"][-1] for rank in ranks]
+    assert weights[0] != weights[1]
+
+
+def test_a_static_graph_is_refused(problem, tmp_path):
+    p = problem()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model = DistributedDataParallel(nn.ModuleList([p.trunk, p.heads]), static_graph=True)
+        with pytest.raises(SharedParametersError, match="static_graph=False"):
+            p.call(GABALoss(("a", "b")), model=model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_reference_warns_as_usual(worker):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inputs, targets = worker.data(2)
+        worker.train("gaba", {"bad": True}, 1, 1, inputs, targets)
+    assert [warning.category for warning in caught] == [NonFiniteWarning]
