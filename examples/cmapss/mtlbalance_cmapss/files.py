@@ -148,7 +148,7 @@ def _read_numbers(path: Path, num_columns: int) -> Floats:
         raise DataError(f"{path}: no such file")
     try:
         # The C parser is some 30 times faster than a Python loop; only a fault needs the loop.
-        frame = pd.read_csv(path, sep=r"\s+", header=None, dtype=np.float64, float_precision="round_trip")
+        frame = pd.read_csv(path, sep=r"\s+", header=None, dtype=np.float64)
     except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         _raise_fault(path, num_columns, str(error))
     except OSError as error:
