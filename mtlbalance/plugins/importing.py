@@ -131,7 +131,7 @@ def describe_failure(error: BaseException, module: str) -> tuple[str, str]:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen") and not frame.filename.startswith(_OWN_FOLDER)
+        if not frame.filename.startswith(_MACHINERY)
     ]
     top = module.partition(".")[0]
     own = [f for f in frames if top in Path(f.filename).parts or Path(f.filename).stem == top]
@@ -139,4 +139,4 @@ def describe_failure(error: BaseException, module: str) -> tuple[str, str]:
     return text, f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
-_OWN_FOLDER = str(Path(__file__).parent)
+_MACHINERY = ("<frozen", str(Path(__file__).parent), str(Path(importlib.__file__).parent))

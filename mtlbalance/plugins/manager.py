@@ -253,6 +253,10 @@ def _load_entry_point(registry: PluginRegistry, entry: importlib.metadata.EntryP
     if module in registry._modules:
         return
     try:
+        if not entry.pattern.match(entry.value):
+            raise PluginError(
+                f"its entry point {entry.value!r} is not of the form 'module' or 'module:object'"
+            )
         plugin = entry.load()
         if registry._manager.is_registered(plugin) or module_files(plugin) & registry._modules:
             return
