@@ -11,10 +11,20 @@ import typer
 
 from mtlbalance import __version__
 from mtlbalance.cli import configs, plugins, run
-from mtlbalance.cli.output import plain_warnings, report_error, report_internal_error, report_usage_error
+from mtlbalance.cli.output import (
+    plain_warnings,
+    report_error,
+    report_internal_error,
+    report_stop,
+    report_usage_error,
+)
 from mtlbalance.errors import MtlBalanceError
 
 INTERRUPTED_EXIT_CODE = 130
+STOPPED = {
+    INTERRUPTED_EXIT_CODE: "interrupted; a run goes on when it is started again",
+    75: "pre-empted; the run goes on when it is started again",
+}
 
 # Typer brings its own copy of click in some versions and depends on click in others.
 _UsageError = typer.BadParameter.__mro__[1]
@@ -56,18 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with plain_warnings():
         try:
             code = app(arguments, prog_name="mtlbalance", standalone_mode=False)
-            return code if isinstance(code, int) else 0
+            sys.stdout.flush()  # here, where a closed pipe is no surprise
+            return _left(code if isinstance(code, int) else 0, as_json=as_json)
         except MtlBalanceError as error:
             report_error(error, as_json=as_json)
             return error.exit_code
         except (KeyboardInterrupt, typer.Abort):
-            print("interrupted", file=sys.stderr)
-            return INTERRUPTED_EXIT_CODE
+            return _left(INTERRUPTED_EXIT_CODE, as_json=as_json)
         except BrokenPipeError:  # whoever read stdout has seen enough, as in `mtlbalance ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except SystemExit as leave:
-            return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+            code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+            return _left(code, as_json=as_json)
         except Exception as error:
             if isinstance(error, _UsageError):
                 context = getattr(error, "ctx", None)
@@ -79,6 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 2
             report_internal_error(error, as_json=as_json)
             return 1
+
+
+def _left(code: int, *, as_json: bool) -> int:
+    """Say so when a run was stopped from outside; return ``code``."""
+    if code in STOPPED:
+        report_stop(STOPPED[code], code, as_json=as_json)
+    return code
 
 
 def run_cli() -> NoReturn:

@@ -75,6 +75,13 @@ def report_usage_error(message: str, command: str, *, as_json: bool) -> None:
         print_json({"error": {"type": "UsageError", "message": message, "exit_code": 2}})
 
 
+def report_stop(message: str, code: int, *, as_json: bool) -> None:
+    """Say that a command was stopped from outside."""
+    print_stderr(message)
+    if as_json:
+        print_json({"error": {"type": "Stopped", "message": message, "exit_code": code}})
+
+
 def report_internal_error(error: BaseException, *, as_json: bool) -> None:
     """Print a fault of mtlbalance or of a plugin: one line, then the traceback for whoever mends it."""
     line = f"internal error: {type(error).__name__}: {error}"

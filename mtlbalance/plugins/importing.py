@@ -12,6 +12,9 @@ from types import ModuleType
 
 from mtlbalance.errors import PluginError
 
+# Frames of these are never where a plugin failed.
+_MACHINERY = ("<frozen", str(Path(__file__).parent), str(Path(importlib.__file__).parent))
+
 
 @dataclass(frozen=True)
 class ModuleAddress:
@@ -137,6 +140,3 @@ def describe_failure(error: BaseException, module: str) -> tuple[str, str]:
     own = [f for f in frames if top in Path(f.filename).parts or Path(f.filename).stem == top]
     frames = own or frames
     return text, f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-
-
-_MACHINERY = ("<frozen", str(Path(__file__).parent), str(Path(importlib.__file__).parent))

@@ -205,7 +205,7 @@ def load_plugins(
     registry = PluginRegistry()
     registry.add(builtins, "builtins", Origin("built-in", __version__))
     installed = list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)) if entry_points else []
-    by_module = {entry.value.partition(":")[0].strip(): entry for entry in installed}
+    by_module = {_module(entry): entry for entry in installed}
     for index, listed in enumerate(extra):
         _load_listed(registry, index, listed, base_dir, by_module)
     for entry in sorted(installed, key=lambda entry: (_origin(entry).plugin, entry.name)):
@@ -249,11 +249,11 @@ def _load_listed(
 
 def _load_entry_point(registry: PluginRegistry, entry: importlib.metadata.EntryPoint) -> None:
     origin = _origin(entry)
-    module = entry.value.partition(":")[0].strip()
+    module = _module(entry)
     if module in registry._modules:
         return
     try:
-        if not entry.pattern.match(entry.value):
+        if not module:
             raise PluginError(
                 f"its entry point {entry.value!r} is not of the form 'module' or 'module:object'"
             )
@@ -273,6 +273,13 @@ def _origin(entry: importlib.metadata.EntryPoint) -> Origin:
     if entry.dist is None:
         return Origin(entry.value)
     return Origin(entry.dist.name, entry.dist.version)
+
+
+def _module(entry: importlib.metadata.EntryPoint) -> str:
+    try:
+        return entry.module
+    except (AttributeError, ValueError):  # how a malformed value shows depends on the Python version
+        return ""
 
 
 def _implementations(manager: pluggy.PluginManager, plugin: object) -> list[tuple[str, Any]]:
