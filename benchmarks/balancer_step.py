@@ -1,4 +1,4 @@
-"""What balancing adds to a step (forward + balancing + backward + AdamW), as a ratio to equal weighting.
+"""What balancing adds to a step (forward + balancing + backward + AdamW), as a ratio to the plain sum.
 
 Everything runs in one process on one thread, in interleaved rounds; a ratio pairs the CPU times of one round.
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import Ratio, machine, markdown_table, paired_ratio, write_json
+from measuring import machine, markdown_header, markdown_row, paired_ratio, write_json
 from torch import Tensor, nn
 
 from mtlbalance import Balancer, FixedWeightLoss, GABALoss
@@ -102,7 +102,7 @@ def gaba(**options: int | str) -> Callable[[tuple[str, ...]], Balancer]:
 
 
 VARIANTS = (
-    Variant("equal weighting", None),
+    Variant("plain sum", None),
     Variant("Fixed", FixedWeightLoss),
     Variant("K backward passes, no balancing", None, backward_per_task=True),
     Variant("GABA (direct)", gaba()),
@@ -191,19 +191,19 @@ def main() -> None:
     where = machine(args.threads)
     print(", ".join(f"{key} {value}" for key, value in where.items()) + f", batch size {args.batch_size}\n")
 
+    print(
+        markdown_header(["model", "plain sum, CPU time a step", *(variant.name for variant in VARIANTS[1:])])
+    )
     results = {}
-    rows: list[list[str | Ratio]] = []
     for workload, rounds in workloads(args):
         seconds = measure(workload, rounds)
         baseline = seconds[VARIANTS[0].name]
         ratios = {name: paired_ratio(values, baseline) for name, values in seconds.items()}
+        row = [workload.name, f"{1000 * np.median(baseline):.2f} ms", *list(ratios.values())[1:]]
+        print(markdown_row(row), flush=True)
         results[workload.name] = {"rounds": rounds, "ratios": ratios, "seconds_per_step": seconds}
-        rows.append([workload.name, f"{1000 * np.median(baseline):.2f} ms", *list(ratios.values())[1:]])
-        print(f"measured {workload.name} in {rounds} rounds", file=sys.stderr)
-    header = ["model", "equal weighting, CPU time a step", *(variant.name for variant in VARIANTS[1:])]
-    print(markdown_table(header, rows))
-    print("\nratios of a full step to equal weighting: median over rounds (95 % bootstrap interval)")
-    write_json(args.out, {"machine": where, "batch_size": args.batch_size, "results": results})
+        write_json(args.out, {"machine": where, "batch_size": args.batch_size, "results": results})
+    print("\nratios of a full step to the plain sum: median over rounds (95 % bootstrap interval)")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from measuring import machine, markdown_table, paired_ratio, write_json
+from measuring import machine, markdown_header, markdown_row, paired_ratio, write_json
 
 BASELINE = "import torch"
 STATEMENTS = (BASELINE, "from mtlbalance import GABALoss", "import mtlbalance.cli.main")
@@ -47,11 +47,9 @@ def main() -> None:
             seconds[statement].append(cpu_seconds(statement))
 
     ratios = {statement: paired_ratio(seconds[statement], seconds[BASELINE]) for statement in STATEMENTS}
-    rows = [
-        [f"`{statement}`", f"{np.median(seconds[statement]):.3f}", ratios[statement]]
-        for statement in STATEMENTS
-    ]
-    print(markdown_table(["statement", "CPU s (median)", "ratio to `import torch` (95 %)"], rows))
+    print(markdown_header(["statement", "CPU s (median)", "ratio to `import torch` (95 %)"]))
+    for statement in STATEMENTS:
+        print(markdown_row([f"`{statement}`", f"{np.median(seconds[statement]):.3f}", ratios[statement]]))
     write_json(args.out, {"machine": machine(threads=1), "seconds": seconds, "ratios": ratios})
 
 

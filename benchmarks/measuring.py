@@ -51,10 +51,14 @@ def machine(threads: int) -> dict[str, str | int]:
     }
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def markdown_row(cells: Sequence[object]) -> str:
+    """Return one row of a Markdown table."""
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def markdown_header(names: Sequence[str]) -> str:
+    """Return the first two lines of a Markdown table."""
+    return markdown_row(names) + "\n" + markdown_row(["---"] * len(names))
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
@@ -63,4 +67,3 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, default=asdict) + "\n", encoding="utf-8")
-    print(f"\nwritten to {path}")

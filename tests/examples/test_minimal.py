@@ -92,7 +92,7 @@ def test_it_runs_from_the_command_line(script: str, tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(MINIMAL.parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
