@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Sync
+from mtlbalance.balancers.base import Reads, Sync
 from mtlbalance.balancers.fixed import FixedWeightLoss
 from mtlbalance.balancers.sample_weights import FailureWeighting
 from mtlbalance.balancers.signals import Signals
@@ -49,7 +49,7 @@ class AMNLLoss(FailureWeighting, FixedWeightLoss):
     """
 
     method: ClassVar[str] = "AMNL"
-    reads: ClassVar[Literal["nothing", "losses", "gradient norms"]] = "losses"
+    reads: ClassVar[Reads] = "losses"
 
     def __init__(
         self,

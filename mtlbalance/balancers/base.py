@@ -19,6 +19,7 @@ from mtlbalance.balancers.signals import Signals
 from mtlbalance.errors import NonFiniteWarning, StateMismatchError
 
 Sync = Literal["gradients", "norms", "none"]
+Reads = Literal["nothing", "losses", "gradient norms", "gramian", "jacobian"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Balancer(nn.Module, ABC):
     """
 
     method: ClassVar[str] = "Balancer"
-    reads: ClassVar[Literal["nothing", "losses", "gradient norms"]] = "losses"
+    reads: ClassVar[Reads] = "losses"
 
     applied_weights: Tensor
     nonfinite_calls: Tensor
@@ -88,6 +89,7 @@ class Balancer(nn.Module, ABC):
         self.sync = one_of(sync, "sync", ("gradients", "norms", "none"))
         self.process_group = process_group
         self.calls = 0
+        self.generator: torch.Generator | None = None  # on the CPU, for methods that draw; part of the state
         self._warned_nonfinite = False
         self.register_buffer("applied_weights", torch.full((len(self.tasks),), 1.0 / len(self.tasks)))
         self.register_buffer("nonfinite_calls", torch.zeros((), dtype=torch.int64))
@@ -258,6 +260,8 @@ class Balancer(nn.Module, ABC):
         destination[prefix + "task_names"] = _encode(self.tasks)
         for name in self._counters:
             destination[prefix + name] = torch.tensor(getattr(self, name))
+        if self.generator is not None:
+            destination[prefix + "generator"] = self.generator.get_state()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = state_dict.get(prefix + "task_names")
@@ -265,11 +269,14 @@ class Balancer(nn.Module, ABC):
             raise StateMismatchError(
                 f"this state was saved for the tasks {_decode(names)}, but {self.get_name()} has {self.tasks}"
             )
-        missing = [name for name in ("task_names", *self._counters) if prefix + name not in state_dict]
+        extra = ["task_names", *self._counters, *(["generator"] if self.generator is not None else [])]
+        missing = [name for name in extra if prefix + name not in state_dict]
         for name in self._counters:
             if name not in missing:
                 setattr(self, name, int(state_dict[prefix + name]))
-        own = {prefix + name for name in ("task_names", *self._counters)}
+        if self.generator is not None and "generator" not in missing:
+            self.generator.set_state(state_dict[prefix + "generator"].cpu())
+        own = {prefix + name for name in extra}
         super()._load_from_state_dict(
             {key: value for key, value in state_dict.items() if key not in own}, prefix, *args
         )

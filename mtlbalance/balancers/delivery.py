@@ -58,6 +58,8 @@ class GradientSum:
             value: what the scalar shows.
             keep: keep the sums after a backward pass, so that another one may follow.
         """
+        if not self._sums:
+            return value
         tensors = [tensor for tensor, _ in self._sums.values()]
         delivered = _Delivery.apply(  # type: ignore[no-untyped-call]
             value, _Parcel([total for _, total in self._sums.values()], keep), *tensors

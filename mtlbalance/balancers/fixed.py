@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Balancer, Sync, share_budget
+from mtlbalance.balancers.base import Balancer, Reads, Sync, share_budget
 from mtlbalance.balancers.checks import task_weights
 
 
@@ -42,7 +42,7 @@ class FixedWeightLoss(Balancer):
     """
 
     method: ClassVar[str] = "Fixed"
-    reads: ClassVar[Literal["nothing", "losses", "gradient norms"]] = "nothing"
+    reads: ClassVar[Reads] = "nothing"
 
     fixed_weights: Tensor
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mtlbalance.balancers.base import Balancer, Call, Sync
+from mtlbalance.balancers.base import Balancer, Call, Reads, Sync
 from mtlbalance.balancers.checks import integer, one_of
 from mtlbalance.balancers.delivery import GradientSum
 from mtlbalance.balancers.graph import come_for_free, obstacle_to_direct_delivery, reaches, trace
 from mtlbalance.balancers.shared import discover_shared, list_shared, missing_shared, unrelated_shared
 from mtlbalance.balancers.signals import (
     Gradients,
+    Signals,
     gradient_norm,
     require_differentiable,
     require_related,
@@ -27,22 +28,43 @@ Delivery = Literal["auto", "direct", "weighted_sum"]
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What is differentiated in one call.
+
+    Args:
+        shared: the tensors that are read.
+        several: further leaves that several tasks reach; delivered with the shared ones, but not read.
+        own: for each present task, the leaves that it alone reaches (its head); only for direct delivery.
+        direct: whether the measured gradients are handed over as they are.
+    """
+
+    shared: list[Tensor]
+    several: list[Tensor]
+    own: dict[int, list[Tensor]]
+    direct: bool
+
+
+@dataclass(frozen=True)
 class Probe:
     """The gradients measured in one call.
 
     Args:
-        shared: the shared tensors, in the order of the gradients.
-        of_shared: task index -> gradients of ``shared``; after averaging over ranks, for every task.
-        averaged: for each shared tensor, whether its gradients are averaged over ranks already.
-        others: for each present task, the tensors delivered beside the shared ones (its head).
-        of_others: for each present task, their gradients.
+        plan: what was differentiated.
+        rows: task index -> gradients of ``plan.shared``, then of ``plan.several``; after averaging over ranks,
+            for every task.
+        averaged: for each column of the rows, whether it is averaged over ranks already.
+        of_own: for each present task, the gradients of ``plan.own``.
     """
 
-    shared: list[Tensor]
-    of_shared: dict[int, Gradients]
+    plan: Plan
+    rows: dict[int, Gradients]
     averaged: list[bool]
-    others: dict[int, list[Tensor]]
-    of_others: dict[int, Gradients]
+    of_own: dict[int, Gradients]
+
+    def read(self, count: int, *, averaged: bool | None = None) -> list[Gradients]:
+        """Return a row for each of ``count`` tasks over the shared columns, all or only those (not) averaged."""
+        chosen = [c for c in range(len(self.plan.shared)) if averaged is None or self.averaged[c] is averaged]
+        return [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
 
 
 class GradientBalancer(Balancer):
@@ -63,8 +85,9 @@ class GradientBalancer(Balancer):
         process_group: the ranks to agree with; None: the default group.
     """
 
-    reads: ClassVar[Literal["nothing", "losses", "gradient norms"]] = "gradient norms"
+    reads: ClassVar[Reads] = "gradient norms"
     warmup_steps: int = 0
+    scale_heads: bool = True
 
     def __init__(
         self,
@@ -90,17 +113,23 @@ class GradientBalancer(Balancer):
         if not self.measures_now():
             if self.calls == 0:
                 self._check_shared(call)
-            return super()._train_call(call)
-        shared = self._shared(call)
-        direct, others = self._plan(call, shared)
-        probe = self._probe(call, shared, others, keep_graph=call.retain_graph or not direct)
+            return self._by_weighted_sum(call)
+        plan = self._plan(call, self._shared(call))
+        probe = self._probe(call, plan)
+        call = replace(call, signals=self._read(call, probe))
+        if not plan.direct:
+            return self._by_weighted_sum(call)
+        return self._deliver(call, probe, self._apply_weights(call.signals))
+
+    def _read(self, call: Call, probe: Probe) -> Signals:
+        """Turn what was probed into what the method weighs."""
         norms_K = self._norms(call, probe)
         finite = call.signals.finite & torch.isfinite(norms_K).all()
-        signals = replace(call.signals, grad_norms_K=norms_K, finite=finite)
-        if not direct:
-            return super()._train_call(replace(call, signals=signals))
-        weights_K = self._apply_weights(signals)
-        return self._deliver(call, probe, weights_K)
+        return replace(call.signals, grad_norms_K=norms_K, finite=finite)
+
+    def _by_weighted_sum(self, call: Call) -> Tensor:
+        total = super()._train_call(call)
+        return total if self.scale_heads else total + self._unscaled_heads(call)
 
     # ------------------------------------------------------------------ what is shared
     def _shared(self, call: Call) -> list[Tensor]:
@@ -124,90 +153,87 @@ class GradientBalancer(Balancer):
             if not reaches(loss, shared):
                 raise unrelated_shared(self.tasks[index], shared)
 
-    def _plan(self, call: Call, shared: list[Tensor]) -> tuple[bool, dict[int, list[Tensor]]]:
-        """Decide on the delivery, and list for each task what direct delivery must cover beside ``shared``."""
-        nothing: dict[int, list[Tensor]] = {index: [] for index in call.losses}
+    def _plan(self, call: Call, shared: list[Tensor]) -> Plan:
+        """Decide on the delivery, and list what direct delivery must cover beside ``shared``."""
+        by_weighted_sum = Plan(shared, [], {index: [] for index in call.losses}, direct=False)
         if self.delivery == "weighted_sum":
-            return False, nothing
+            return by_weighted_sum
         losses = list(call.losses.values())
         reach = trace(losses, shared)
         if self.delivery == "auto" and reach.several and not come_for_free(reach.several, losses, shared):
-            return False, nothing
-        others = {index: own + reach.several for index, own in zip(call.losses, reach.own, strict=True)}
-        obstacle = obstacle_to_direct_delivery(shared, [tensor for own in others.values() for tensor in own])
+            return by_weighted_sum
+        own = dict(zip(call.losses, reach.own, strict=True))
+        others = [*reach.several, *(tensor for tensors in reach.own for tensor in tensors)]
+        obstacle = obstacle_to_direct_delivery(shared, others)
         if obstacle and self.delivery == "direct":
             raise InvalidArgumentError(f"delivery='direct' is not possible: {obstacle}; use delivery='auto'")
-        return (False, nothing) if obstacle else (True, others)
+        return by_weighted_sum if obstacle else Plan(shared, reach.several, own, direct=True)
 
     # ------------------------------------------------------------------ measuring
-    def _probe(
-        self, call: Call, shared: list[Tensor], others: dict[int, list[Tensor]], keep_graph: bool
-    ) -> Probe:
-        of_shared: dict[int, Gradients] = {}
-        of_others: dict[int, Gradients] = {}
+    def _probe(self, call: Call, plan: Plan) -> Probe:
+        columns = [*plan.shared, *plan.several]
+        rows: dict[int, Gradients] = {}
+        of_own: dict[int, Gradients] = {}
         last = next(reversed(call.losses))
         for index, loss in call.losses.items():
-            gradients = task_gradients(
-                loss, [*shared, *others[index]], retain_graph=keep_graph or index != last
-            )
-            require_related(self.tasks[index], gradients, shared)
-            of_shared[index], of_others[index] = gradients[: len(shared)], gradients[len(shared) :]
-        averaged = [False] * len(shared)
+            keep_graph = call.retain_graph or not plan.direct or index != last
+            gradients = task_gradients(loss, [*columns, *plan.own[index]], retain_graph=keep_graph)
+            require_related(self.tasks[index], gradients, plan.shared)
+            rows[index], of_own[index] = gradients[: len(columns)], gradients[len(columns) :]
+        averaged = [False] * len(columns)
         if call.ranks is not None and call.counts_K is not None and self.sync == "gradients":
-            leaves = [position for position, tensor in enumerate(shared) if tensor.is_leaf]
-            averaged = [tensor.is_leaf for tensor in shared]
-            if leaves:
-                local = {index: [row[position] for position in leaves] for index, row in of_shared.items()}
-                means = call.ranks.mean_gradients(
-                    local, [shared[position] for position in leaves], call.counts_K
-                )
-                for index, row in means.items():
-                    full = of_shared.setdefault(index, [None] * len(shared))
-                    for position, gradient in zip(leaves, row, strict=True):
-                        full[position] = gradient
-        return Probe(shared, of_shared, averaged, others, of_others)
+            leaves = [column for column, tensor in enumerate(plan.shared) if tensor.is_leaf]
+            local = {index: [row[column] for column in leaves] for index, row in rows.items()}
+            means = call.ranks.mean_gradients(
+                local, [plan.shared[column] for column in leaves], call.counts_K
+            )
+            for index, mean in means.items():
+                row = rows.setdefault(index, [None] * len(columns))
+                for column, gradient in zip(leaves, mean, strict=True):
+                    row[column] = gradient
+                    averaged[column] = True
+        return Probe(plan, rows, averaged, of_own)
 
     def _norms(self, call: Call, probe: Probe) -> Tensor:
-        device = call.losses_K.device
+        device, count = call.losses_K.device, len(self.tasks)
 
-        def norms_of(chosen: Callable[[bool], bool]) -> Tensor:
-            positions = [position for position, averaged in enumerate(probe.averaged) if chosen(averaged)]
-            rows = {
-                index: [row[position] for position in positions] for index, row in probe.of_shared.items()
-            }
-            zero = torch.zeros((), device=device)
-            return torch.stack(
-                [gradient_norm(rows[i], device) if i in rows else zero for i in range(len(self.tasks))]
-            )
+        def norms_of(averaged: bool | None) -> Tensor:
+            return torch.stack([gradient_norm(row, device) for row in probe.read(count, averaged=averaged)])
 
         if call.ranks is None or call.counts_K is None:
-            return norms_of(lambda _: True)
+            return norms_of(None)
         if self.sync == "norms":
-            return call.ranks.mean_norms(norms_of(lambda _: True), call.counts_K)
-        norms_K = norms_of(lambda averaged: averaged)
-        if not all(probe.averaged):
-            features_K = call.ranks.combine_feature_norms(
-                norms_of(lambda averaged: not averaged), call.counts_K
-            )
-            norms_K = torch.hypot(norms_K, features_K)
-        return norms_K
+            return call.ranks.mean_norms(norms_of(None), call.counts_K)
+        if all(tensor.is_leaf for tensor in probe.plan.shared):
+            return norms_of(None)
+        features_K = call.ranks.combine_feature_norms(norms_of(False), call.counts_K)
+        return torch.hypot(norms_of(True), features_K)
 
+    # ------------------------------------------------------------------ handing over
     def _deliver(self, call: Call, probe: Probe, weights_K: Tensor) -> Tensor:
-        local_K = call.local_weights(weights_K)
+        plan, local_K = probe.plan, call.local_weights(weights_K)
+        heads_K = local_K if self.scale_heads else call.local_weights(torch.ones_like(weights_K))
+        columns = [*plan.shared, *plan.several]
         total = GradientSum()
-        for index, row in probe.of_shared.items():
-            for is_averaged, weights in ((True, weights_K), (False, local_K)):
+        for index, row in probe.rows.items():
+            for averaged, weights in ((True, weights_K), (False, local_K)):
                 chosen = [
-                    position for position, averaged in enumerate(probe.averaged) if averaged is is_averaged
+                    column for column, is_averaged in enumerate(probe.averaged) if is_averaged is averaged
                 ]
-                total.add(
-                    [probe.shared[position] for position in chosen],
-                    [row[position] for position in chosen],
-                    weights[index],
-                )
-        for index, gradients in probe.of_others.items():
-            total.add(probe.others[index], gradients, local_K[index])
+                total.add([columns[c] for c in chosen], [row[c] for c in chosen], weights[index])
+        for index, gradients in probe.of_own.items():
+            total.add(plan.own[index], gradients, heads_K[index])
         return total.deliver(call.value(weights_K), keep=call.retain_graph)
+
+    def _unscaled_heads(self, call: Call) -> Tensor:
+        """Return a zero whose backward pass adds (1 − w_k)·∂L_k to each head, to make up for the weighted sum."""
+        own = trace(list(call.losses.values()), self._shared(call)).own
+        missing_K = call.local_weights(1.0 - self.applied_weights)
+        total = GradientSum()
+        for (index, loss), leaves in zip(call.losses.items(), own, strict=True):
+            if leaves:
+                total.add(leaves, task_gradients(loss, leaves, retain_graph=True), missing_K[index])
+        return total.deliver(torch.zeros_like(call.losses_K[0]), keep=call.retain_graph)
 
 
 def _require_dynamic_ddp(model: nn.Module | None) -> None:

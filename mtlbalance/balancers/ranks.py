@@ -69,6 +69,19 @@ class Ranks:
         """The cheap approximation of norms on parameters: the mean of the ranks' own norms."""
         return self.sum(norms_K.clone()) / counts_K.clamp(min=1.0)
 
+    def combine_feature_gramian(self, gramian_KK: Tensor, counts_K: Tensor) -> Tensor:
+        """Inner products on representations: G_ij = Σ_r G_ij,r / (ranks that have task i · those with j)."""
+        counts = counts_K.clamp(min=1.0).to(gramian_KK)
+        return self.sum(gramian_KK.clone()) / torch.outer(counts, counts)
+
+    def mean_gramian(self, gramian_KK: Tensor, counts_K: Tensor) -> Tensor:
+        """The cheap approximation of a Gramian on parameters: ranks' inner products as if of one direction.
+
+        Exact where the ranks' gradients agree; each pair is averaged over the ranks that could have both.
+        """
+        counts = counts_K.clamp(min=1.0).to(gramian_KK)
+        return self.sum(gramian_KK.clone()) / torch.minimum(counts[:, None], counts[None, :])
+
 
 def active_ranks(process_group: Any) -> Ranks | None:
     """Return the ranks of ``process_group`` (None: the default group), or None for a single process."""

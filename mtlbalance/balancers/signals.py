@@ -25,14 +25,17 @@ class Signals:
         present_K: True where some rank has the task in this call.
         grad_norms_K: L2 norms of the task gradients on the shared tensors, 0 where absent; None if not
             measured in this call.
-        finite: 0-d bool; False if any present loss or measured norm is NaN or infinite. State moves only
+        finite: 0-d bool; False if any present loss or measured gradient is NaN or infinite. State moves only
             where it is True.
+        gramian_KK: inner products of the task gradients, 0 in the rows and columns of absent tasks; None if
+            the method does not read it, or it was not measured in this call.
     """
 
     losses_K: Tensor
     present_K: Tensor
     grad_norms_K: Tensor | None
     finite: Tensor
+    gramian_KK: Tensor | None = None
 
 
 def task_gradients(loss: Tensor, tensors: Sequence[Tensor], *, retain_graph: bool) -> Gradients:
@@ -49,6 +52,28 @@ def gradient_norm(gradients: Gradients, device: torch.device) -> Tensor:
     norms = torch._foreach_norm(dense, 2.0, dtype=dtype)
     joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
     return joint
+
+
+def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
+    """Return the (K, K) inner products of K tasks' gradients, of at least float32, without a host sync.
+
+    ``rows`` has one list of gradients a task over the same tensors; None counts as zero. An empty row is a
+    task without any gradient.
+    """
+    count = len(rows)
+    width = max((len(row) for row in rows), default=0)
+    total = torch.zeros(count, count, device=device)
+    with torch.autocast(device.type, enabled=False):  # a product of gradients must not lose precision
+        for position in range(width):
+            column = [row[position] if row else None for row in rows]
+            found = [gradient for gradient in column if gradient is not None]
+            if not found:
+                continue
+            dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
+            zero = torch.zeros(found[0].numel(), dtype=dtype, device=found[0].device)
+            stacked = torch.stack([zero if g is None else g.to_dense().reshape(-1).to(dtype) for g in column])
+            total = total + (stacked @ stacked.T).to(device)
+    return total
 
 
 def task_gradient_norms(

@@ -1,0 +1,103 @@
+"""The base of methods that are a function of the Gramian: they solve a K×K problem for task weights."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtlbalance.balancers.base import Call, Reads, Sync, share_budget
+from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer, Probe
+from mtlbalance.balancers.signals import Signals, gram_matrix
+
+Array = NDArray[np.float64]
+
+
+class GramianBalancer(GradientBalancer):
+    """Base of balancers whose weights w make Σ w_k·g_k, and depend on the task gradients only through G = JJᵀ.
+
+    A subclass implements `solve` on float64 NumPy arrays of the present tasks; this class measures G, keeps
+    the weights between measurements and out of the way of non-finite ones, and hands over the gradients.
+
+    Args:
+        tasks: K >= 1 unique task names.
+        scale_heads: whether the parameters of one task alone get w_k·∂L_k (True) or ∂L_k (False).
+        update_every, delivery, sync, process_group: see ``GradientBalancer``.
+
+    Absent tasks: the problem is solved for the present ones; a single one has the weight that the method
+    gives to one task.
+
+    State: ``solved_weights`` (K,), those of the last measurement, and the base's.
+
+    Cost: K trunk passes, K copies of the trunk's gradients, and one copy of K×K numbers to the host a measured
+    call.
+    """
+
+    reads: ClassVar[Reads] = "gramian"
+
+    solved_weights: Tensor
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        scale_heads: bool,
+        update_every: int = 1,
+        delivery: Delivery = "auto",
+        sync: Sync = "gradients",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(
+            tasks, update_every=update_every, delivery=delivery, sync=sync, process_group=process_group
+        )
+        self.scale_heads = bool(scale_heads)
+        self.register_buffer("solved_weights", torch.full((len(self.tasks),), 1.0 / len(self.tasks)))
+        self.register_buffer("grad_norms", torch.full((len(self.tasks),), torch.nan))
+
+    @abstractmethod
+    def solve(self, gramian: Array, losses: Array) -> Array:
+        """Return the weights of P >= 1 tasks from their (P, P) Gramian and their (P,) losses, all finite."""
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Solve for the present tasks if there is something new and finite, else keep the last weights."""
+        if signals.gramian_KK is not None and bool(signals.finite):
+            present = signals.present_K.cpu().numpy()
+            gramian = signals.gramian_KK.double().cpu().numpy()[np.ix_(present, present)]
+            losses = signals.losses_K.double().cpu().numpy()[present]
+            weights = np.zeros(len(self.tasks))
+            weights[present] = self.solve(gramian, losses)
+            solved_K = torch.from_numpy(weights).to(self.solved_weights)
+            self.solved_weights.copy_(torch.where(signals.present_K, solved_K, self.solved_weights))
+            norms_K = signals.gramian_KK.diagonal().sqrt().to(self.grad_norms)
+            self.grad_norms.copy_(torch.where(signals.present_K, norms_K, self.grad_norms))
+            return solved_K
+        return self.current_weights(signals.present_K)
+
+    def current_weights(self, present_K: Tensor) -> Tensor:
+        """Return the last solved weights of the present tasks; if some are absent, they share the sum of all."""
+        shared_K = share_budget(self.solved_weights, present_K)
+        uniform_K = present_K / present_K.sum()
+        return torch.where(shared_K.any(), shared_K, uniform_K)
+
+    def _read(self, call: Call, probe: Probe) -> Signals:
+        device, count = call.losses_K.device, len(self.tasks)
+        if call.ranks is None or call.counts_K is None:
+            gramian_KK = gram_matrix(probe.read(count), device)
+        elif self.sync == "norms":
+            gramian_KK = call.ranks.mean_gramian(gram_matrix(probe.read(count), device), call.counts_K)
+        else:
+            gramian_KK = gram_matrix(probe.read(count, averaged=True), device)
+            if not all(tensor.is_leaf for tensor in probe.plan.shared):
+                features_KK = gram_matrix(probe.read(count, averaged=False), device)
+                gramian_KK = gramian_KK + call.ranks.combine_feature_gramian(features_KK, call.counts_K)
+        finite = call.signals.finite & torch.isfinite(gramian_KK).all()
+        return replace(call.signals, gramian_KK=gramian_KK, finite=finite)
+
+    def _report(self) -> dict[str, Tensor]:
+        return {**super()._report(), "raw": self.solved_weights, "grad_norm": self.grad_norms}
