@@ -124,7 +124,7 @@ def training_steps(workload: Workload, variant: Variant) -> Iterator[None]:
         optimizer.zero_grad()
         features = trunk(workload.inputs)
         losses = workload.losses({task: heads[task](features) for task in workload.tasks})
-        if variant.backward_per_task:  # what no method that reads every task's gradient can go below
+        if variant.backward_per_task:  # about the least for reading every task's gradient
             for task, loss in losses.items():
                 loss.backward(retain_graph=task != workload.tasks[-1])  # type: ignore[no-untyped-call]
         elif balancer is None:
