@@ -42,6 +42,7 @@ class GramianBalancer(GradientBalancer):
     reads: ClassVar[Reads] = "gramian"
 
     solved_weights: Tensor
+    grad_norms: Tensor
 
     def __init__(
         self,
