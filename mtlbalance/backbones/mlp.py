@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-
-from mtlbalance.slots import InputSpec, TaskSpec
-
-if TYPE_CHECKING:
-    from mtlbalance.plugins.builtins import MLPOptions
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -47,8 +40,3 @@ class MLP(nn.Module):
         """Return the features, (B, feature_size)."""
         features: Tensor = self.trunk(inputs)
         return features
-
-
-def build(options: MLPOptions, inputs: InputSpec, _: Sequence[TaskSpec]) -> MLP:
-    """Build the backbone for inputs of any shape."""
-    return MLP(math.prod(inputs.shape), options.hidden_sizes, options.dropout, options.activation)

@@ -14,8 +14,9 @@ ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML c
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Overrides, such as training.epochs=5; a value that is not TOML is text.",
+        metavar="KEY=VALUE",
+        help="Overrides, such as training.epochs=5; a value that is not TOML is text. Naming another plugin "
+        "(balancer.name=fixed) leaves out the file's options for the old one.",
         show_default=False,
     ),
 ]

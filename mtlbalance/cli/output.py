@@ -46,7 +46,8 @@ def print_stderr(text: str) -> None:
             styled.stylize(style, start, start + len(word))
         elif line.lstrip(" |").startswith("^"):
             styled.stylize("bold red", line.index("^"))
-        console.print(styled, soft_wrap=True)
+        # A terminal wraps prose at words; what is copied or shows a source line stays one line.
+        console.print(styled, soft_wrap=not (console.is_terminal and word.endswith(":")))
 
 
 def _leading_style(line: str) -> tuple[str, str]:

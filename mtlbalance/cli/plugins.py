@@ -90,19 +90,14 @@ def describe(
     if not options:
         console.print("It takes no options.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("option", "type", "default", "range"):
-        table.add_column(column, no_wrap=column == "option", style="cyan" if column == "option" else None)
-    table.add_column("what it is", ratio=1)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
     for option in options:
-        default = "required" if option["required"] else option["default_text"]
-        table.add_row(
-            option["name"],
-            _literal(option["type"]),
-            _literal(default),
-            option["range"],
-            _literal(option["description"]),
-        )
+        kind = f"{option['type']} {option['range']}".strip()
+        default = "required" if option["required"] else f"default {option['default_text']}"
+        table.add_row(option["name"], _literal(f"{kind}; {default}"))
+        table.add_row("", f"[dim]{_literal(option['description'])}[/]")
     console.print(table)
 
 
@@ -155,7 +150,7 @@ def _type_name(annotation: Any) -> str:
     """Return a type as a config's author knows it.
 
     >>> _type_name(float | None), _type_name(dict[str, float])
-    ('number', 'table of number')
+    ('number', 'table of numbers')
     """
     names = {float: "number", int: "whole number", str: "text", bool: "true or false"}
     if annotation in names:
@@ -165,15 +160,19 @@ def _type_name(annotation: Any) -> str:
         return "text" if getattr(annotation, "__name__", "") == "Path" else str(annotation)
     origin = getattr(annotation, "__origin__", None)
     if getattr(origin, "__name__", "") in ("list", "tuple", "set"):
-        return f"list of {_type_name(members[0])}"
+        return f"list of {_plural(_type_name(members[0]))}"
     if getattr(origin, "__name__", "") == "dict":
-        return f"table of {_type_name(members[1])}"
+        return f"table of {_plural(_type_name(members[1]))}"
     if "Literal" in str(annotation).partition("[")[0]:
         return " | ".join(map(str, members))
     if "Annotated" in type(annotation).__name__:
         return _type_name(members[0])
     shown = [_type_name(member) for member in members if member is not type(None)]
     return " or ".join(dict.fromkeys(shown))
+
+
+def _plural(kind: str) -> str:
+    return f"{kind}s" if kind.endswith("number") else kind
 
 
 def _literal(text: str) -> str:

@@ -49,7 +49,7 @@ def _print_outcome(outcome: RunOutcome) -> None:
     if outcome.status == "already-finished":
         console.print(f"{results['run']} is finished already; --fresh starts it again", markup=False)
     key = results.get("key_metric", "")
-    scored_on = "test set" if "validation_metrics" in results else ""
+    watched = "validation_metrics" not in results
     table = Table(
         title=f"{results['run']}: {results['dataset']}, {results['backbone']}, {results['method']}, "
         f"seed {results['seed']}",
@@ -70,7 +70,9 @@ def _print_outcome(outcome: RunOutcome) -> None:
     rows = {
         "protocol": results["protocol"],
         "data source": results["data_source"],
-        "measured on": scored_on,
+        "measured on": "test set, which also chose the epoch"
+        if watched
+        else "test set, read once at the end",
         "weights": _weights(results.get("weights", {})),
         "stopped": results.get("stopped", ""),
         "time": f"{results['wall_seconds']:.1f} s",

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mtlbalance.datasets.in_memory import InMemoryDataset
-from mtlbalance.slots import InputSpec, MultiTaskData
-
-if TYPE_CHECKING:
-    from mtlbalance.plugins.builtins import ToyOptions
+from mtlbalance.slots import InputSpec, MultiTaskData, TaskSpec
 
 SPREAD = {"large": 30.0, "small": 0.1}  # standard deviation of each target
 
 
-def build(options: ToyOptions) -> MultiTaskData:
-    """Draw inputs and targets from ``options.seed``.
+def make_toy(
+    tasks: Sequence[TaskSpec], samples: int, features: int, noise: float, seed: int
+) -> MultiTaskData:
+    """Draw ``samples`` inputs and the targets of ``large`` and ``small`` from ``seed``.
 
     Both targets are smooth functions of the same three hidden projections of the input, so a shared trunk
-    pays; scaled to ``SPREAD``, their squared errors differ by a factor of about 1e5, so a plain
-    sum teaches the trunk little but the large one.
+    pays; scaled to ``SPREAD``, their squared errors differ by a factor of about 1e5, so under a
+    plain sum the trunk hears almost nothing of ``small``.
     """
-    from mtlbalance.plugins.builtins import toy_tasks
-
-    generator = torch.Generator().manual_seed(options.seed)
-    inputs = torch.randn(options.samples, options.features, generator=generator)
-    directions = torch.randn(options.features, 3, generator=generator)
-    first, second, third = (inputs @ directions / options.features**0.5).unbind(dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(samples, features, generator=generator)
+    directions = torch.randn(features, 3, generator=generator)
+    first, second, third = (inputs @ directions / features**0.5).unbind(dim=1)
     shapes = {"large": torch.sin(2 * first) + second, "small": torch.tanh(2 * second) * third + first}
     targets = {}
     for name, shape in shapes.items():
-        noise = options.noise * torch.randn(options.samples, generator=generator)
-        targets[name] = SPREAD[name] * ((shape - shape.mean()) / shape.std() + noise)
-    end_of_train, end_of_validation = int(0.7 * options.samples), int(0.85 * options.samples)
+        jitter = noise * torch.randn(samples, generator=generator)
+        targets[name] = SPREAD[name] * ((shape - shape.mean()) / shape.std() + jitter)
+    end_of_train, end_of_validation = int(0.7 * samples), int(0.85 * samples)
     train, validation, test = (
         InMemoryDataset(inputs[part], {name: target[part] for name, target in targets.items()})
         for part in (
@@ -48,8 +44,8 @@ def build(options: ToyOptions) -> MultiTaskData:
         train=train,
         validation=validation,
         test=test,
-        tasks=toy_tasks(options),
-        inputs=InputSpec((options.features,), f"{options.features} features"),
+        tasks=tuple(tasks),
+        inputs=InputSpec((features,), f"{features} features"),
         key_metric="nrmse",
         evaluate=normalised_errors,
         protocol="random split 70/15/15",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -21,7 +23,10 @@ from mtlbalance.plugins.registrations import (
     FromClass,
     PluginConfig,
 )
-from mtlbalance.slots import TaskSpec
+from mtlbalance.slots import InputSpec, MultiTaskData, TaskSpec
+
+if TYPE_CHECKING:
+    from mtlbalance.backbones.mlp import MLP
 
 
 class ToyOptions(PluginConfig):
@@ -51,6 +56,20 @@ def toy_tasks(_: ToyOptions) -> tuple[TaskSpec, ...]:
     )
 
 
+def build_toy(options: ToyOptions) -> MultiTaskData:
+    """Draw the ``toy`` data."""
+    from mtlbalance.datasets.toy import make_toy
+
+    return make_toy(toy_tasks(options), options.samples, options.features, options.noise, options.seed)
+
+
+def build_mlp(options: MLPOptions, inputs: InputSpec, _: Sequence[TaskSpec]) -> MLP:
+    """Build the ``mlp`` for inputs of any shape."""
+    from mtlbalance.backbones.mlp import MLP
+
+    return MLP(math.prod(inputs.shape), options.hidden_sizes, options.dropout, options.activation)
+
+
 @hookimpl
 def register_datasets() -> list[DatasetRegistration]:
     """Return the built-in dataset."""
@@ -59,7 +78,7 @@ def register_datasets() -> list[DatasetRegistration]:
             "toy",
             "two made-up regressions whose losses differ by a factor of 1e5",
             ToyOptions,
-            "mtlbalance.datasets.toy:build",
+            build_toy,
             toy_tasks,
         )
     ]
@@ -73,7 +92,7 @@ def register_backbones() -> list[BackboneRegistration]:
             "mlp",
             "fully connected layers on the flattened input",
             MLPOptions,
-            "mtlbalance.backbones.mlp:build",
+            build_mlp,
         )
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import traceback
@@ -79,9 +80,7 @@ def import_module(address: ModuleAddress) -> ModuleType:
     """
     if address.folder is None:
         return importlib.import_module(address.module)
-    top = address.module.partition(".")[0]
-    package = address.folder / top / "__init__.py"
-    file = package if package.is_file() else address.folder / f"{top}.py"
+    top, file = _top_file(address.module, address.folder)
     loaded = sys.modules.get(top)
     if loaded is not None and (loaded_file := _real_file(loaded)) != file.resolve():
         raise PluginError(
@@ -101,6 +100,21 @@ def import_module(address: ModuleAddress) -> ModuleType:
     if str(address.folder) not in sys.path:  # so that worker processes find the module by its name
         sys.path.append(str(address.folder))
     return module
+
+
+def is_installed(address: ModuleAddress) -> bool:
+    """Return whether the module at ``address`` is the one that Python would import by itself."""
+    if address.folder is None:
+        return True
+    top, file = _top_file(address.module, address.folder)
+    spec = importlib.machinery.PathFinder.find_spec(top)
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file.resolve()
+
+
+def _top_file(module: str, folder: Path) -> tuple[str, Path]:
+    top = module.partition(".")[0]
+    package = folder / top / "__init__.py"
+    return top, package if package.is_file() else folder / f"{top}.py"
 
 
 def _execute(name: str, file: Path) -> None:

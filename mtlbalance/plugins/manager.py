@@ -22,6 +22,7 @@ from mtlbalance.plugins.importing import (
     describe_failure,
     find_module,
     import_module,
+    is_installed,
     module_files,
 )
 from mtlbalance.plugins.registrations import Registration
@@ -234,7 +235,8 @@ def _load_listed(
             plugin = reduce(getattr, entry.attr.split("."), plugin)
         if registry._manager.is_registered(plugin):
             return
-        registry.add(plugin, listed, _origin(entry) if entry else Origin(address.module))
+        origin = _origin(entry) if entry and is_installed(address) else Origin(address.module)
+        registry.add(plugin, listed, origin)
     except (Exception, SystemExit) as error:
         reason, place = describe_failure(error, address.module)
         if isinstance(error, ModuleNotFoundError) and error.name == address.module.partition(".")[0]:

@@ -150,22 +150,20 @@ def test_plugins_describe(call: Call) -> None:
     code, out, err = call("plugins", "describe", "gaba")
     assert (code, err) == (0, "")
     assert "Weigh each task by the others' share of the gradient norm" in out  # the class's own docstring
-    [line] = [line for line in out.splitlines() if line.startswith("beta ")]
-    assert line.split(maxsplit=3)[:3] == ["beta", "number", "0.99"]
-    assert "at least 0 and below 1" in line
-    assert "smoothing of the weights" in line
-    [line] = [
-        line for line in call("plugins", "describe", "amnl")[1].splitlines() if line.startswith("biased_task")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    at = lines.index("beta number at least 0 and below 1; default 0.99")
+    assert lines[at + 1] == "smoothing of the weights: the share kept at each step"
+    assert "biased_task text; required" in [
+        " ".join(line.split()) for line in call("plugins", "describe", "amnl")[1].splitlines()
     ]
-    assert line.split()[1:3] == ["text", "required"]
 
 
 @pytest.mark.parametrize(
     ("name", "option", "kind", "default"),
     [
-        ("mlp", "hidden_sizes", "list of whole number", "[64, 64]"),
+        ("mlp", "hidden_sizes", "list of whole numbers", "[64, 64]"),
         ("mlp", "activation", "relu | gelu | silu | tanh", "relu"),
-        ("fixed", "weights", "table of number or list of number", "none"),
+        ("fixed", "weights", "table of numbers or list of numbers", "none"),
         ("amnl", "normalise", "true or false", "false"),
         ("toy", "samples", "whole number", "2000"),
     ],

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mtlbalance import FixedWeightLoss, GABALoss
 from mtlbalance.plugins import FromClass, InputSpec, TaskSpec, import_reference, load_plugins, resolve_build
 
 TASKS = (TaskSpec("rul", "regression", "mse"), TaskSpec("health", "classification", "cross_entropy", 3))
@@ -65,3 +68,50 @@ def test_mlp_takes_inputs_of_any_shape() -> None:
     assert model.trunk(torch.zeros(7, 4, 3)).shape == (7, 5)
     assert sum(parameter.numel() for parameter in model.parameters()) == 12 * 6 + 6 + 6 * 5 + 5
     assert [type(layer).__name__ for layer in model.trunk].count("Dropout") == 2
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny layers on many threads are slower, far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train_toy(balancer: torch.nn.Module) -> dict[str, float]:
+    """Train an mlp on toy and return the test errors of its averaged weights."""
+    registry = load_plugins(entry_points=False)
+    dataset, backbone = registry.get("dataset", "toy"), registry.get("backbone", "mlp")
+    data = resolve_build(dataset)(dataset.config(seed=1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = resolve_build(backbone)(backbone.config(), data.inputs, data.tasks)
+        heads = {task.name: torch.nn.Linear(body.feature_size, 1) for task in data.tasks}
+        model = torch.nn.ModuleDict({"body": body, **heads})
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(20):
+            for index in torch.randperm(len(data.train)).split(64):
+                inputs, targets, _ = data.train[index]
+                features = body.trunk(inputs)
+                losses = {name: (heads[name](features)[:, 0] - targets[name]) ** 2 for name in targets}
+                loss = balancer(losses, shared_params=body.trunk)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                average.update_parameters(model)
+    with torch.no_grad():
+        features = average.module["body"].trunk(data.test.inputs)
+        predictions = {name: average.module[name](features)[:, 0] for name in heads}
+    errors: dict[str, float] = data.evaluate(predictions, data.test.targets, {})
+    return errors
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_plain_sum_holds_the_small_task_of_toy_back() -> None:
+    plain, balanced = train_toy(FixedWeightLoss(("large", "small"))), train_toy(GABALoss(("large", "small")))
+    assert plain["large_nrmse"] < 0.2  # learnable
+    assert balanced["large_nrmse"] < 1.1 * plain["large_nrmse"]
+    assert balanced["small_nrmse"] < 0.8 * plain["small_nrmse"]

@@ -95,6 +95,7 @@ def test_a_copy_beside_the_config_replaces_the_installed_one(
     names = registry.names("balancer")
     assert "acme-newer" in names
     assert "acme-loss" not in names
+    assert str(registry.origin("balancer", "acme-newer")) == "acme"  # not the installed version
     assert registry.resolved_plugins == (str(tmp_path / "acme.py"),)
 
 
