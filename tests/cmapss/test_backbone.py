@@ -101,7 +101,8 @@ def test_activations_bound_the_rul() -> None:
         output = model.heads["rul"].output
         assert isinstance(output, nn.Linear)
         nn.init.constant_(output.bias, -50.0)
-        return model(torch.randn(8, 30, 17))["rul"].min().item()
+        lowest_rul: float = model(torch.randn(8, 30, 17))["rul"].min().item()
+        return lowest_rul
 
     assert lowest("relu") == 0.0
     assert 0.0 <= lowest("softplus") < 1e-6

@@ -27,7 +27,7 @@ def test_data_dir_comes_before_the_variable_and_that_before_the_cache(
     monkeypatch.setenv("MTLBALANCE_CMAPSS_DIR", str(other))
     assert find_nasa_files(CmapssConfig()) == other
     assert find_nasa_files(CmapssConfig(data_dir=files)) == files
-    assert find_nasa_files(CmapssConfig(data_dir="")) == other  # type: ignore[arg-type]
+    assert find_nasa_files(CmapssConfig(data_dir="")) == other
 
 
 def test_empty_variables_count_as_unset(no_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_the_tasks() -> None:
 )
 def test_a_perfect_predictor(nasa_folder: Path, subset: str, rmse_uncapped: float) -> None:
     for cap, expected in ((True, 0.0), (False, rmse_uncapped)):
-        config = CmapssConfig(subset=subset, data_dir=nasa_folder, cap_test_labels=cap)  # type: ignore[arg-type]
+        config = CmapssConfig(subset=subset, data_dir=nasa_folder, cap_test_labels=cap)
         test = build(config).test
         assert isinstance(test, InMemoryDataset)
         perfect = {"rul": test.targets["rul"].clamp(max=125.0)}

@@ -62,7 +62,7 @@ def test_there_is_something_to_learn(no_files: Path) -> None:
     assert isinstance(data.train, InMemoryDataset)
     assert isinstance(data.test, InMemoryDataset)
 
-    def design(windows: InMemoryDataset) -> np.ndarray:  # type: ignore[type-arg]
+    def design(windows: InMemoryDataset) -> np.ndarray:
         means = windows.inputs.mean(dim=1).double().numpy()
         return np.concatenate([means, np.ones((len(means), 1))], axis=1)
 
