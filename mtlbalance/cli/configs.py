@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtlbalance.cli.output import print_json, print_stderr
+from mtlbalance.cli.output import print_json, print_stderr, stdout_for_results
 from mtlbalance.config import RunConfig, load_config
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config.", show_default=False)]
@@ -27,7 +27,8 @@ app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 
 def load(config: Path, overrides: list[str] | None) -> RunConfig:
     """Load a config and print its notices."""
-    loaded = load_config(config, overrides or [])
+    with stdout_for_results():
+        loaded = load_config(config, overrides or [])
     for notice in loaded.notices:
         print_stderr(f"notice: {notice}")
     return loaded

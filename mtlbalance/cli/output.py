@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +28,13 @@ def stdout_console() -> Console:
     if not console.is_terminal and console.width == 80:
         console.width = _PIPE_WIDTH
     return console
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Send to stderr what plugins print while they are imported or run; stdout is for the result."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def print_json(document: Any) -> None:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from rich.table import Table
 
 from mtlbalance.cli.configs import JsonOption
-from mtlbalance.cli.output import print_json, stdout_console
+from mtlbalance.cli.output import print_json, stdout_console, stdout_for_results
 from mtlbalance.config.validation import describe_range
 from mtlbalance.errors import PluginError, did_you_mean
 from mtlbalance.plugins import PluginRegistry, Registration, Slot, import_reference, load_plugins
@@ -23,6 +23,11 @@ app = typer.Typer(help="Discover plugins and their options.", no_args_is_help=Tr
 
 SlotOption = Annotated[
     str | None, typer.Option("--slot", help=f"Only this slot: {', '.join(get_args(Slot))}.")
+]
+
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="A plugin that is not installed: a path, or a module in this folder."),
 ]
 
 
@@ -35,10 +40,10 @@ def _check_slot(slot: str | None) -> None:
 
 
 @app.command("list")
-def list_plugins(slot: SlotOption = None, as_json: JsonOption = False) -> None:
+def list_plugins(slot: SlotOption = None, listed: PluginOption = None, as_json: JsonOption = False) -> None:
     """List every dataset, backbone and balancer, and the plugins that are broken."""
     _check_slot(slot)
-    rows = [row for row in load_plugins().rows() if slot in (None, row.slot) or row.status == "broken"]
+    rows = [row for row in _load(listed).rows() if slot in (None, row.slot) or row.status == "broken"]
     if as_json:
         print_json([asdict(row) for row in rows])
         return
@@ -60,11 +65,12 @@ def list_plugins(slot: SlotOption = None, as_json: JsonOption = False) -> None:
 def describe(
     name: Annotated[str, typer.Argument(help="A plugin's name, such as gaba.", show_default=False)],
     slot: SlotOption = None,
+    listed: PluginOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a plugin is and every option that it takes."""
     _check_slot(slot)
-    registry = load_plugins()
+    registry = _load(listed)
     registration = _find(registry, name, slot)
     origin = registry.origin(registration.slot, name)
     options = [_option(key, field) for key, field in registration.config.model_fields.items()]
@@ -101,6 +107,11 @@ def describe(
     console.print(table)
 
 
+def _load(listed: list[str] | None) -> PluginRegistry:
+    with stdout_for_results():
+        return load_plugins(listed or [])
+
+
 def _find(registry: PluginRegistry, name: str, slot: str | None) -> Registration:
     if slot is not None:
         return registry.get(slot, name)
@@ -111,7 +122,7 @@ def _find(registry: PluginRegistry, name: str, slot: str | None) -> Registration
         return registry.get(slots[0], name)
     names = [known for candidate in get_args(Slot) for known in registry.names(candidate)]
     for broken in registry.broken:
-        if broken.name == name:
+        if broken.name == name or broken.listed_index is not None:
             raise PluginError(str(broken))
     raise PluginError(
         f"no plugin is called {name!r}{did_you_mean(name, names)}\navailable: {', '.join(names)}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +10,7 @@ import typer
 from rich.table import Table
 
 from mtlbalance.cli.configs import ConfigArgument, JsonOption, OverridesArgument, load
-from mtlbalance.cli.output import print_json, stdout_console
+from mtlbalance.cli.output import print_json, stdout_console, stdout_for_results
 
 if TYPE_CHECKING:
     from mtlbalance.training import RunOutcome
@@ -35,7 +33,7 @@ def run(
     loaded = load(config, overrides)
     from mtlbalance.training import run_training  # torch, only now that the config is known to be good
 
-    with redirect_stdout(sys.stderr):  # stdout is for the result, whatever a plugin prints
+    with stdout_for_results():
         outcome = run_training(loaded, out=out, fresh=fresh, quiet=quiet)
     if as_json:
         print_json({**outcome.results, "run_dir": str(outcome.run_dir), "status": outcome.status})

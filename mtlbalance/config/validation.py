@@ -156,6 +156,8 @@ def _fault(
         mentioned = [key for key in options if re.search(rf"\b{re.escape(key)}\b", message)]
         return Fault(tuple(mentioned[:1]), "value", f"{label}: {message}")
     value = detail["input"]
+    if detail["type"] == "string_pattern_mismatch" and about:  # a description says more than a pattern
+        return Fault(path, "value", f"{name!r} in {label} cannot be {show(value)}", about)
     expected = list(dict.fromkeys(_expected(item, field if len(path) == 1 else None) for item in details))
     if detail["type"] == "literal_error" and isinstance(value, str):
         about = did_you_mean(value, _choices(detail)).removeprefix("; ") or about
@@ -184,13 +186,15 @@ def _expected(detail: ErrorDetails, field: Any) -> str:
     if kind == "string_pattern_mismatch":
         return f"text that matches {context['pattern']}"
     if kind in ("too_short", "string_too_short"):
-        what = "characters" if kind.startswith("string") else "values"
-        return f"at least {context['min_length']} {what}"
+        return f"{_counted(kind)} at least {context['min_length']}"
     if kind in ("too_long", "string_too_long"):
-        what = "characters" if kind.startswith("string") else "values"
-        return f"at most {context['max_length']} {what}"
+        return f"{_counted(kind)} at most {context['max_length']}"
     message = detail["msg"]
     return message.removeprefix("Input should be ").rstrip(".")
+
+
+def _counted(kind: str) -> str:
+    return "text whose length is" if kind.startswith("string") else "a list whose length is"
 
 
 def _is_whole(bound: Any) -> bool:

@@ -20,6 +20,32 @@ training = { epochs = 2, warmup_epochs = 0 }
 run.device = "cpu"
 """
 
+ACME = """\
+import sys
+from mtlbalance.errors import TrainingError
+from mtlbalance.plugins import DatasetRegistration, PluginConfig, TaskSpec, hookimpl
+
+class Options(PluginConfig):
+    fails: str = "fault"
+
+def build(options):
+    print("from the plugin")
+    if options.fails == "fault":
+        return {}["key"]
+    if options.fails == "interrupt":
+        raise KeyboardInterrupt
+    if options.fails == "pre-empted":
+        raise SystemExit(75)
+    raise TrainingError("the loss of 'one' is NaN in step 3")
+
+@hookimpl
+def register_datasets():
+    return [DatasetRegistration(
+        "acme", "fails", Options, build, lambda options: [TaskSpec("one", "regression", "mse")]
+    )]
+"""
+
+
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -174,6 +200,18 @@ def test_described_options(call: Call, name: str, option: str, kind: str, defaul
     assert (described["type"], described["default_text"]) == (kind, default)
 
 
+def test_a_plugin_that_is_not_installed(call: Call) -> None:
+    sys.modules.pop("acme_cli", None)
+    Path("acme_cli.py").write_text("print('hello')\n" + ACME)
+    code, out, err = call("plugins", "list", "--plugin", "./acme_cli.py", "--slot", "dataset", "--json")
+    assert (code, err) == (0, "hello\n")
+    assert "acme" in [row["name"] for row in json.loads(out)]
+    assert "fails  text; default fault" in call("plugins", "describe", "acme", "--plugin", "acme_cli")[1]
+    code, _, err = call("plugins", "describe", "acme", "--plugin", "acme_gone")
+    assert code == 2
+    assert err.startswith("error: plugin 'acme_gone' cannot be used: no module 'acme_gone' is installed")
+
+
 def test_describing_what_is_not_there(call: Call) -> None:
     code, out, err = call("plugins", "describe", "gabba")
     assert (code, out) == (2, "")
@@ -198,32 +236,6 @@ def test_run_and_run_again(call: Call) -> None:
     code, out, err = call("run", "study.toml", "training.epochs=3", "--out", "here")
     assert (code, out) == (2, "")
     assert "training.epochs: 2 -> 3" in err
-
-
-ACME = """\
-import sys
-from mtlbalance.errors import TrainingError
-from mtlbalance.plugins import DatasetRegistration, PluginConfig, TaskSpec, hookimpl
-
-class Options(PluginConfig):
-    fails: str = "fault"
-
-def build(options):
-    print("from the plugin")
-    if options.fails == "fault":
-        return {}["key"]
-    if options.fails == "interrupt":
-        raise KeyboardInterrupt
-    if options.fails == "pre-empted":
-        raise SystemExit(75)
-    raise TrainingError("the loss of 'one' is NaN in step 3")
-
-@hookimpl
-def register_datasets():
-    return [DatasetRegistration(
-        "acme", "fails", Options, build, lambda options: [TaskSpec("one", "regression", "mse")]
-    )]
-"""
 
 
 @pytest.mark.parametrize(

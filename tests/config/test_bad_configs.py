@@ -302,7 +302,14 @@ def test_options_that_contradict_each_other(problems: Problems) -> None:
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a/b", "", "two words"])
 def test_a_run_name_is_a_folder_name(problems: Problems, name: str) -> None:
-    assert "'name' in [run] must be text that matches" in problems(GABA + f"[run]\nname = '{name}'\n")
+    assert problems(GABA + f"[run]\nname = '{name}'\n") == text(f"""
+        error: 'name' in [run] cannot be the text '{name}'
+          --> study.toml:6:8
+          |
+        6 | name = '{name}'
+          |        ^^{"^" * len(name)}
+        help: name: letters, digits, _ . and -; default: the config file's name
+        """)
 
 
 def test_every_problem_at_once_in_the_order_of_the_file(problems: Problems) -> None:
