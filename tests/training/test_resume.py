@@ -1,0 +1,157 @@
+"""A run that is interrupted and resumed equals one that never was, bit for bit on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtlbalance.errors import RunFolderError
+from mtlbalance.training import run_training
+
+ROOT = Path(__file__).parents[2]
+RUN = "import sys; from mtlbalance.config import load_config; from mtlbalance.training import run_training\n"
+
+
+def compare(first: Path, second: Path, read_csv: Any) -> None:
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert (first / "gradient_stats.csv").read_bytes() == (second / "gradient_stats.csv").read_bytes()
+    assert read_csv(first / "metrics.csv", ("seconds",)) == read_csv(second / "metrics.csv", ("seconds",))
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in (first, second))
+    del one["wall_seconds"], two["wall_seconds"]
+    assert one == two
+
+
+@pytest.mark.parametrize("method", ["fixed", "gaba", "learned"])
+@pytest.mark.parametrize("storage", ["memory", "items"])
+def test_resuming_is_bit_exact(configure: Any, plugin: Any, read_csv: Any, tmp_path: Path, method: str, storage: str) -> None:
+    options = (
+        f"balancer.name={method}", f"dataset.storage={storage}", "training.epochs=9", "training.scheduler_patience=0",
+        "training.lr=0.2", "training.weight_decay_late=0.1", "training.weight_decay_late_epoch=4",
+    )  # fmt: skip
+    whole = run_training(configure(*options), out=tmp_path / "whole", quiet=True).run_dir
+    for last in (1, 4):
+        plugin.interrupt_after = last
+        with pytest.raises(KeyboardInterrupt):
+            run_training(configure(*options), out=tmp_path / "parts", quiet=True)
+        torch.rand(5)  # another process would be anywhere
+    plugin.interrupt_after = None
+    outcome = run_training(configure(*options), out=tmp_path / "parts", quiet=True)
+    assert outcome.status == "finished"
+    compare(whole, outcome.run_dir, read_csv)
+    events = [json.loads(line)["event"] for line in (outcome.run_dir / "log.jsonl").read_text().splitlines()]
+    assert events == ["started", "interrupted", "resumed", "interrupted", "resumed", "finished"]
+
+
+def test_rows_beyond_the_checkpoint_are_cut_back(configure: Any, plugin: Any, read_csv: Any, tmp_path: Path) -> None:
+    whole = run_training(configure(), out=tmp_path / "whole", quiet=True).run_dir
+    plugin.interrupt_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(), out=tmp_path / "cut", quiet=True)
+    plugin.interrupt_after = None
+    for path in (tmp_path / "cut" / "checkpoints").glob("epoch_00003*"):  # killed after the rows, before the checkpoint
+        path.unlink()
+    assert len(read_csv(tmp_path / "cut" / "metrics.csv")) == 4
+    compare(whole, run_training(configure(), out=tmp_path / "cut", quiet=True).run_dir, read_csv)
+
+
+def test_a_run_stopped_before_its_results_only_writes_them(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path
+) -> None:
+    options = ("training.patience=3", "dataset.constant_metric=true", "training.epochs=50")
+    whole = run_training(configure(*options), out=tmp_path / "whole", quiet=True)
+    assert whole.results["epochs_run"] == 4
+    plugin.interrupt_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(*options), out=tmp_path / "late", quiet=True)
+    plugin.interrupt_after = None
+    late = run_training(configure(*options), out=tmp_path / "late", quiet=True)
+    assert late.results["stopped"] == "early-stop"
+    compare(whole.run_dir, late.run_dir, read_csv)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "best weights", "manifest"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path, damage: str
+) -> None:
+    whole = run_training(configure(), out=tmp_path / "whole", quiet=True).run_dir
+    plugin.interrupt_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(), out=tmp_path / "damaged", quiet=True)
+    plugin.interrupt_after = None
+    folder = tmp_path / "damaged" / "checkpoints"
+    target = folder / "epoch_00003.pt"
+    if damage == "best weights":  # the newest checkpoint's; the one before refers to older ones
+        target = folder / "best_00003.safetensors"
+    if damage == "manifest":
+        target = folder / "epoch_00003.json"
+    content = target.read_bytes()
+    if damage == "missing":
+        target.unlink()
+    elif damage == "flipped":
+        target.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    else:
+        target.write_bytes(content[: len(content) // 2])
+    with pytest.warns(RuntimeWarning, match=r"epoch_00003\.pt is damaged .*falling back"):
+        resumed = run_training(configure(), out=tmp_path / "damaged", quiet=True)
+    compare(whole, resumed.run_dir, read_csv)
+
+
+def test_only_damaged_checkpoints_are_an_error_and_fresh_starts_again(
+    configure: Any, plugin: Any, tmp_path: Path
+) -> None:
+    plugin.interrupt_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(), out=tmp_path / "run", quiet=True)
+    plugin.interrupt_after = None
+    for path in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match="damaged"), pytest.raises(RunFolderError, match="every checkpoint"):
+        run_training(configure(), out=tmp_path / "run", quiet=True)
+    assert run_training(configure(), out=tmp_path / "run", fresh=True, quiet=True).status == "finished"
+    assert (tmp_path / "run.old-1" / "checkpoints").is_dir()
+
+
+def test_the_last_two_checkpoints_and_the_best_weights_are_kept(configure: Any, plugin: Any) -> None:
+    outcome = run_training(configure("dataset.constant_metric=true"), quiet=True)
+    names = sorted(path.name for path in (outcome.run_dir / "checkpoints").iterdir())
+    assert names == [
+        "best_00000.safetensors", "epoch_00004.json", "epoch_00004.pt", "epoch_00005.json", "epoch_00005.pt",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_sigterm_and_ctrl_c_leave_a_run_that_resumes_bit_exactly(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path
+) -> None:
+    config = configure("training.epochs=40", "dataset.samples=4000")
+    whole = run_training(config, out=tmp_path / "whole", quiet=True).run_dir
+    out = tmp_path / "killed"
+    overrides = ("training.epochs=40", "dataset.samples=4000")
+    for signum, expected in ((signal.SIGTERM, 75), (signal.SIGINT, -signal.SIGINT)):
+        finished = len(list(out.glob("checkpoints/*.json"))) and last_epoch(out)
+        code = f"{RUN}run_training(load_config({str(config.source)!r}, {overrides!r}), out={'O'})"
+        code = "from pathlib import Path\n" + code.replace("out=O", f"out=Path({str(out)!r})")
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while last_epoch(out) < finished + 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == expected
+        assert not (out / "results.json").exists()
+    compare(whole, run_training(config, out=out, quiet=True).run_dir, read_csv)
+
+
+def last_epoch(folder: Path) -> int:
+    return max((int(path.stem[6:]) for path in folder.glob("checkpoints/epoch_*.json")), default=-1)
