@@ -78,6 +78,11 @@ class Balancer(nn.Module, ABC):
 
     method: ClassVar[str] = "Balancer"
     reads: ClassVar[Reads] = "losses"
+    weight_sum: ClassVar[Literal["1", "K", "free"]] = (
+        "1"  # what the applied weights of the present tasks sum to
+    )
+    copies_to_host: ClassVar[bool] = False  # whether a training call waits for the device
+    scale_heads: bool = True  # whether the parameters of one task alone get w_k·∂L_k, or ∂L_k
 
     applied_weights: Tensor
     nonfinite_calls: Tensor

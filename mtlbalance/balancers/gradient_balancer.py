@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -87,7 +87,6 @@ class GradientBalancer(Balancer):
 
     reads: ClassVar[Reads] = "gradient norms"
     warmup_steps: int = 0
-    scale_heads: bool = True
 
     def __init__(
         self,
@@ -110,6 +109,8 @@ class GradientBalancer(Balancer):
         if call.shared_params is None and call.model is None:
             raise missing_shared(self.get_name())
         _require_dynamic_ddp(call.model)
+        if isinstance(call.shared_params, Iterator):  # it may be read twice
+            call = replace(call, shared_params=list(call.shared_params))
         if not self.measures_now():
             if self.calls == 0:
                 self._check_shared(call)

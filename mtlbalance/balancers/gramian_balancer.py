@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ class GramianBalancer(GradientBalancer):
         scale_heads: whether the parameters of one task alone get w_k·∂L_k (True) or ∂L_k (False).
         update_every, delivery, sync, process_group: see ``GradientBalancer``.
 
-    Absent tasks: the problem is solved for the present ones; a single one has the weight that the method
-    gives to one task.
+    Zero gradients: a task that does not pull at the shared tensors is left out of the problem and gets the mean
+    of the other weights, which only its head sees.
+    Absent tasks: the problem is solved for the present ones; a single one has weight 1.
 
     State: ``solved_weights`` (K,), those of the last measurement, and the base's.
 
@@ -40,6 +41,8 @@ class GramianBalancer(GradientBalancer):
     """
 
     reads: ClassVar[Reads] = "gramian"
+    weight_sum: ClassVar[Literal["1", "K", "free"]] = "free"
+    copies_to_host: ClassVar[bool] = True
 
     solved_weights: Tensor
     grad_norms: Tensor
@@ -63,22 +66,33 @@ class GramianBalancer(GradientBalancer):
 
     @abstractmethod
     def solve(self, gramian: Array, losses: Array) -> Array:
-        """Return the weights of P >= 1 tasks from their (P, P) Gramian and their (P,) losses, all finite."""
+        """Return the weights of P >= 1 tasks from their (P, P) Gramian, its diagonal positive, and (P,) losses."""
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for the present tasks if there is something new and finite, else keep the last weights."""
         if signals.gramian_KK is not None and bool(signals.finite):
             present = signals.present_K.cpu().numpy()
-            gramian = signals.gramian_KK.double().cpu().numpy()[np.ix_(present, present)]
-            losses = signals.losses_K.double().cpu().numpy()[present]
-            weights = np.zeros(len(self.tasks))
-            weights[present] = self.solve(gramian, losses)
+            weights = self._solve_present(present, signals.gramian_KK, signals.losses_K)
             solved_K = torch.from_numpy(weights).to(self.solved_weights)
             self.solved_weights.copy_(torch.where(signals.present_K, solved_K, self.solved_weights))
             norms_K = signals.gramian_KK.diagonal().sqrt().to(self.grad_norms)
             self.grad_norms.copy_(torch.where(signals.present_K, norms_K, self.grad_norms))
             return solved_K
         return self.current_weights(signals.present_K)
+
+    def _solve_present(self, present: NDArray[np.bool_], gramian_KK: Tensor, losses_K: Tensor) -> Array:
+        gramian = gramian_KK.double().cpu().numpy()
+        losses = losses_K.double().cpu().numpy()
+        pulling = present & (gramian.diagonal() > 0)
+        weights = np.zeros(len(self.tasks))
+        if present.sum() == 1:
+            weights[present] = 1.0  # nothing to balance
+        elif pulling.any():
+            weights[pulling] = self.solve(gramian[np.ix_(pulling, pulling)], losses[pulling])
+            weights[present & ~pulling] = weights[pulling].mean()
+        else:
+            weights[present] = self.solve(np.eye(int(present.sum())), losses[present])
+        return weights
 
     def current_weights(self, present_K: Tensor) -> Tensor:
         """Return the last solved weights of the present tasks; if some are absent, they share the sum of all."""

@@ -15,6 +15,7 @@ from mtlbalance.plugins.balancer_options import (
     GRACEOptions,
     check_balancer_options,
 )
+from mtlbalance.plugins.gramian_balancer_options import GRAMIAN_BALANCERS
 from mtlbalance.plugins.hookspecs import hookimpl
 from mtlbalance.plugins.registrations import (
     BackboneRegistration,
@@ -120,6 +121,7 @@ def register_balancers() -> list[BalancerRegistration]:
             GRACEOptions,
             "mtlbalance.balancers.grace:GRACELoss",
         ),
+        *GRAMIAN_BALANCERS,
     ]
     return [
         BalancerRegistration(name, summary, options, FromClass(reference), check_balancer_options)
