@@ -111,7 +111,8 @@ class Checkpoints:
         for manifest in kept:
             needed |= set(json.loads(manifest.read_bytes())["sha256"])
         for path in self.folder.iterdir():
-            if path.name.startswith(("epoch_", "best_")) and path.name not in needed:
+            left_by_a_kill = ".tmp-" in path.name
+            if left_by_a_kill or (path.name.startswith(("epoch_", "best_")) and path.name not in needed):
                 path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mtlbalance.errors import PluginError
@@ -31,6 +31,9 @@ def weight_ema(model: MultiTaskModel, decay: float) -> AveragedModel:
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     shadow = AveragedModel(model, multi_avg_fn=average, use_buffers=False)
     shadow.requires_grad_(requires_grad=False)
+    for module in shadow.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # a copied cuDNN network is in pieces, and packs itself in every call
     shadow.update_parameters(model)  # the first call copies; every later one averages
     return shadow
 
@@ -45,7 +48,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(models: Sequence[torch.nn.Module], batches: EvaluationBatches) -> list[Predictions]:
+def predict(models: Sequence[nn.Module], batches: EvaluationBatches) -> list[Predictions]:
     """Return each model's predictions, reading the set once for all of them."""
     was_training = [model.training for model in models]
     for model in models:

@@ -12,8 +12,6 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from mtlbalance.training.record import Row
-
 _REDRAW_SECONDS = 0.25
 _READ_LOSSES_SECONDS = 2.0
 
@@ -51,7 +49,7 @@ class ProgressReport:
     def step(self, epoch: int, step: int, read_losses: Callable[[], Mapping[str, float]]) -> None:
         """Note a training step; ``read_losses`` waits for the device, so it is called rarely."""
 
-    def epoch(self, row: Row, weights: Mapping[str, float], best: str) -> None:
+    def epoch(self, row: Mapping[str, float | None], weights: Mapping[str, float], best: str) -> None:
         """Note an epoch: its row of ``metrics.csv``, the applied weights, the best so far in words."""
 
     def stop(self) -> None:
@@ -70,7 +68,7 @@ class PlainLines(ProgressReport):
         self._shape = shape
         self._started = time.monotonic()
 
-    def epoch(self, row: Row, weights: Mapping[str, float], best: str) -> None:
+    def epoch(self, row: Mapping[str, float | None], weights: Mapping[str, float], best: str) -> None:
         """Print the line."""
         shape, done = self._shape, int(row["epoch"] or 0) + 1
         elapsed = time.monotonic() - self._started
@@ -126,7 +124,7 @@ class Bar(ProgressReport):
             self._details.plain = _summary(self._shape, dict(read_losses()), self._weights)
         self._move(epoch, epoch * self._shape.steps + step + 1)
 
-    def epoch(self, row: Row, weights: Mapping[str, float], best: str) -> None:
+    def epoch(self, row: Mapping[str, float | None], weights: Mapping[str, float], best: str) -> None:
         """Show the epoch's figures."""
         self._weights = weights
         self._read = time.monotonic()
@@ -167,7 +165,7 @@ def _title(shape: RunShape, epoch: int) -> str:
     return f"{shape.name}  epoch {epoch} ({epoch + 1} of {shape.epochs})"
 
 
-def _summary(shape: RunShape, row: Row, weights: Mapping[str, float]) -> str:
+def _summary(shape: RunShape, row: Mapping[str, float | None], weights: Mapping[str, float]) -> str:
     parts = ["loss " + "  ".join(f"{task} {_short(row.get(f'train_loss_{task}'))}" for task in shape.tasks)]
     if weights:
         parts.append("weight " + "  ".join(f"{task} {_short(weights.get(task))}" for task in shape.tasks))

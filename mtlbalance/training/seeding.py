@@ -31,8 +31,9 @@ def seed_worker(_: int) -> None:
 def rng_state() -> dict[str, Any]:
     """Return the state of every global generator, as tensors, numbers and strings only."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, cached_gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": random.getstate(),
+        "python": [version, torch.tensor(words), cached_gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],  # type: ignore[union-attr]
         "torch": torch.get_rng_state(),
     }
@@ -46,7 +47,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put every global generator back; a device that this machine lacks is left out."""
     version, words, cached_gauss = state["python"]
-    random.setstate((version, tuple(words), cached_gauss))
+    random.setstate((version, tuple(words.tolist()), cached_gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])

@@ -66,6 +66,8 @@ def read_csv() -> Callable[..., list[dict[str, str]]]:
 
     def read(path: Path, drop: tuple[str, ...] = ()) -> list[dict[str, str]]:
         with path.open(newline="") as file:
-            return [{key: value for key, value in row.items() if key not in drop} for row in csv.DictReader(file)]
+            return [
+                {key: value for key, value in row.items() if key not in drop} for row in csv.DictReader(file)
+            ]
 
     return read

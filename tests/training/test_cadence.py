@@ -39,7 +39,9 @@ STUDY_LIKE = (
 )  # fmt: skip
 
 
-def test_the_stages_of_a_batch_and_of_an_epoch_come_in_order(configure: Any, optimizer_trace: list[Any]) -> None:
+def test_the_stages_of_a_batch_and_of_an_epoch_come_in_order(
+    configure: Any, optimizer_trace: list[Any]
+) -> None:
     run_training(configure(*STUDY_LIKE, "training.epochs=1"), quiet=True)
     names = [entry[0] for entry in optimizer_trace]
     start = names.index("on_run_start") + 1
@@ -80,7 +82,9 @@ def test_rates_decay_clipping_plateau_and_early_stop(
     assert [float(row["weight_decay"]) for row in rows] == decays
 
 
-def test_the_checkpoint_holds_the_plateau_step_and_comes_before_the_early_stop(configure: Any, plugin: Any) -> None:
+def test_the_checkpoint_holds_the_plateau_step_and_comes_before_the_early_stop(
+    configure: Any, plugin: Any
+) -> None:
     outcome = run_training(configure(*STUDY_LIKE), quiet=True)
     last = load_checkpoint(outcome.run_dir, 7)
     assert last["plateau"]["last_epoch"] == 6  # epochs 2 to 7
@@ -89,7 +93,9 @@ def test_the_checkpoint_holds_the_plateau_step_and_comes_before_the_early_stop(c
     assert last["step"] == 32
 
 
-def test_the_shadow_follows_the_step_and_is_what_is_evaluated(configure: Any, optimizer_trace: list[Any]) -> None:
+def test_the_shadow_follows_the_step_and_is_what_is_evaluated(
+    configure: Any, optimizer_trace: list[Any]
+) -> None:
     outcome = run_training(configure(*STUDY_LIKE, "training.ema_decay=0"), quiet=True)
     state = load_checkpoint(outcome.run_dir, 7)
     for name, value in state["model"].items():  # decay 0: the shadow is the live model after its last step

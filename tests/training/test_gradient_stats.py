@@ -10,7 +10,9 @@ import pytest
 from mtlbalance.training import run_training
 
 
-def test_measuring_does_not_disturb_training(configure: Any, plugin: Any, read_csv: Any, tmp_path: Path) -> None:
+def test_measuring_does_not_disturb_training(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path
+) -> None:
     """With dropout and BatchNorm in the trunk, which a second forward pass would disturb."""
     runs = [
         run_training(
@@ -42,7 +44,9 @@ def test_columns_and_steps(configure: Any, plugin: Any, read_csv: Any) -> None:
         assert float(row["grad_ratio"]) == pytest.approx(ratio)
 
 
-def test_a_method_that_measures_reports_its_own(configure: Any, plugin: Any, read_csv: Any, tmp_path: Path) -> None:
+def test_a_method_that_measures_reports_its_own(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path
+) -> None:
     """Epoch 0 shows the weights after all its batches; the fixed run measures the same first batches."""
     out = run_training(configure("training.gradient_stats_every=0"), quiet=True).run_dir
     rows = read_csv(out / "gradient_stats.csv")

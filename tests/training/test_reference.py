@@ -41,7 +41,9 @@ def losses_and_gradient(w: Arrays, x: Any, level: Any, kind: Any) -> tuple[float
     return mse, ce, gradient
 
 
-def reference(w: Arrays, train: Any, validation: Any, *, patience: int, plateau_patience: int) -> dict[str, Any]:
+def reference(
+    w: Arrays, train: Any, validation: Any, *, patience: int, plateau_patience: int
+) -> dict[str, Any]:
     """The cadence of the study, written out."""
     x, level, kind = train
     shadow = {name: value.copy() for name, value in w.items()}
@@ -87,7 +89,9 @@ def reference(w: Arrays, train: Any, validation: Any, *, patience: int, plateau_
     return {"rows": np.array(rows), "best_epoch": best_epoch, "weights": best_weights}
 
 
-def test_a_run_equals_the_cadence_in_numpy(configure: Any, plugin: Any, read_csv: Any, tmp_path: Path) -> None:
+def test_a_run_equals_the_cadence_in_numpy(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path
+) -> None:
     config = configure(
         "dataset.float64=true", "backbone.float64=true", "backbone.normalise=false", "backbone.dropout=0.0",
         "balancer.name=fixed", f"training.epochs={EPOCHS}", f"training.lr={LR}", f"training.warmup_epochs={WARMUP}",
@@ -128,5 +132,6 @@ def test_batches_cover_every_sample_once(configure: Any, plugin: Any, storage: s
                        "training.scheduler_min_lr=0", "backbone.normalise=false", "backbone.dropout=0.0")  # fmt: skip
     rows = read_csv(run_training(config, quiet=True).run_dir / "metrics.csv")
     means = [float(row["train_loss_level"]) for row in rows]
-    assert means == pytest.approx([means[0]] * len(means), rel=1e-6)  # nothing moves: the mean over all samples stays
-
+    assert means == pytest.approx(
+        [means[0]] * len(means), rel=1e-6
+    )  # nothing moves: the mean over all samples stays

@@ -32,7 +32,9 @@ def compare(first: Path, second: Path, read_csv: Any) -> None:
 
 @pytest.mark.parametrize("method", ["fixed", "gaba", "learned"])
 @pytest.mark.parametrize("storage", ["memory", "items"])
-def test_resuming_is_bit_exact(configure: Any, plugin: Any, read_csv: Any, tmp_path: Path, method: str, storage: str) -> None:
+def test_resuming_is_bit_exact(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path, method: str, storage: str
+) -> None:
     options = (
         f"balancer.name={method}", f"dataset.storage={storage}", "training.epochs=9", "training.scheduler_patience=0",
         "training.lr=0.2", "training.weight_decay_late=0.1", "training.weight_decay_late_epoch=4",
@@ -51,13 +53,17 @@ def test_resuming_is_bit_exact(configure: Any, plugin: Any, read_csv: Any, tmp_p
     assert events == ["started", "interrupted", "resumed", "interrupted", "resumed", "finished"]
 
 
-def test_rows_beyond_the_checkpoint_are_cut_back(configure: Any, plugin: Any, read_csv: Any, tmp_path: Path) -> None:
+def test_rows_beyond_the_checkpoint_are_cut_back(
+    configure: Any, plugin: Any, read_csv: Any, tmp_path: Path
+) -> None:
     whole = run_training(configure(), out=tmp_path / "whole", quiet=True).run_dir
     plugin.interrupt_after = 3
     with pytest.raises(KeyboardInterrupt):
         run_training(configure(), out=tmp_path / "cut", quiet=True)
     plugin.interrupt_after = None
-    for path in (tmp_path / "cut" / "checkpoints").glob("epoch_00003*"):  # killed after the rows, before the checkpoint
+    for path in (tmp_path / "cut" / "checkpoints").glob(
+        "epoch_00003*"
+    ):  # killed after the rows, before the checkpoint
         path.unlink()
     assert len(read_csv(tmp_path / "cut" / "metrics.csv")) == 4
     compare(whole, run_training(configure(), out=tmp_path / "cut", quiet=True).run_dir, read_csv)
@@ -114,7 +120,10 @@ def test_only_damaged_checkpoints_are_an_error_and_fresh_starts_again(
     plugin.interrupt_after = None
     for path in (tmp_path / "run" / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.warns(RuntimeWarning, match="damaged"), pytest.raises(RunFolderError, match="every checkpoint"):
+    with (
+        pytest.warns(RuntimeWarning, match="damaged"),
+        pytest.raises(RunFolderError, match="every checkpoint"),
+    ):
         run_training(configure(), out=tmp_path / "run", quiet=True)
     assert run_training(configure(), out=tmp_path / "run", fresh=True, quiet=True).status == "finished"
     assert (tmp_path / "run.old-1" / "checkpoints").is_dir()
@@ -132,10 +141,10 @@ def test_the_last_two_checkpoints_and_the_best_weights_are_kept(configure: Any, 
 def test_sigterm_and_ctrl_c_leave_a_run_that_resumes_bit_exactly(
     configure: Any, plugin: Any, read_csv: Any, tmp_path: Path
 ) -> None:
-    config = configure("training.epochs=40", "dataset.samples=4000")
+    config = configure("training.epochs=25", "dataset.samples=600")
     whole = run_training(config, out=tmp_path / "whole", quiet=True).run_dir
     out = tmp_path / "killed"
-    overrides = ("training.epochs=40", "dataset.samples=4000")
+    overrides = ("training.epochs=25", "dataset.samples=600")
     for signum, expected in ((signal.SIGTERM, 75), (signal.SIGINT, -signal.SIGINT)):
         finished = len(list(out.glob("checkpoints/*.json"))) and last_epoch(out)
         code = f"{RUN}run_training(load_config({str(config.source)!r}, {overrides!r}), out={'O'})"

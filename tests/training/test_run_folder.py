@@ -25,7 +25,9 @@ with open_run_folder(Path(sys.argv[1])):
 """
 
 
-def test_another_config_is_refused_and_the_keys_are_listed(configure: Any, plugin: Any, tmp_path: Path) -> None:
+def test_another_config_is_refused_and_the_keys_are_listed(
+    configure: Any, plugin: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     run_training(configure(), out=out, quiet=True)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -56,7 +58,9 @@ def test_fresh_sets_the_old_run_aside(configure: Any, plugin: Any, tmp_path: Pat
     assert (tmp_path / "run.old-1" / "results.json").read_bytes() == old
 
 
-def test_fresh_keeps_the_old_run_if_the_new_one_cannot_start(configure: Any, plugin: Any, tmp_path: Path) -> None:
+def test_fresh_keeps_the_old_run_if_the_new_one_cannot_start(
+    configure: Any, plugin: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     run_training(configure("training.epochs=1"), out=out, quiet=True)
     with pytest.raises(Exception, match="empty"):

@@ -95,7 +95,11 @@ def build_pairs(options: PairsOptions) -> MultiTaskData:
         tensors = InMemoryDataset(inputs, {"level": level, "kind": kind}, {"row": torch.arange(samples)})
         return Items(tensors, which) if options.storage == "items" else tensors
 
-    train, validation, test = one_set("train", options.samples), one_set("validation", 24), one_set("test", 30)
+    train, validation, test = (
+        one_set("train", options.samples),
+        one_set("validation", 24),
+        one_set("test", 30),
+    )
     return MultiTaskData(
         train=torch.utils.data.Subset(train, []) if options.empty else train,
         validation=validation if options.validation else None,
@@ -145,7 +149,9 @@ class Net(nn.Module):
             self.heads = nn.ModuleDict(heads)
             self.double()
         if options.frozen:
-            self.heads = nn.ModuleDict({"level": nn.Linear(options.width, 1), "kind": nn.Linear(options.width, 3)})
+            self.heads = nn.ModuleDict(
+                {"level": nn.Linear(options.width, 1), "kind": nn.Linear(options.width, 3)}
+            )
             self.requires_grad_(False)
         self.trunk.register_forward_hook(leave_trace)
 
@@ -153,7 +159,9 @@ class Net(nn.Module):
 def leave_trace(module: nn.Module, _: Any, output: Tensor) -> None:
     trace.append(("forward" if module.training else "forward-eval",))
     if module.training and output.requires_grad:
-        output.register_hook(lambda gradient: trace.append(("backward",)))
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: trace.append(("backward",))
+        )
 
 
 class TracedOptions(PluginConfig):
@@ -164,7 +172,9 @@ class Traced(FixedWeightLoss):
     """Fixed weights that leave traces."""
 
     def forward(self, *losses: Any, **context: Any) -> Tensor:
-        trace.append(("balancer", {task: tuple(loss.shape) for task, loss in losses[0].items()}, sorted(context)))
+        trace.append(
+            ("balancer", {task: tuple(loss.shape) for task, loss in losses[0].items()}, sorted(context))
+        )
         return super().forward(*losses, **context)
 
     def end_epoch(self) -> None:
@@ -192,7 +202,11 @@ class Learned(Balancer):
 
 @hookimpl
 def register_datasets() -> list[DatasetRegistration]:
-    return [DatasetRegistration("pairs", "a regression and a classification", PairsOptions, build_pairs, pair_tasks)]
+    return [
+        DatasetRegistration(
+            "pairs", "a regression and a classification", PairsOptions, build_pairs, pair_tasks
+        )
+    ]
 
 
 @hookimpl
@@ -203,8 +217,12 @@ def register_backbones() -> list[BackboneRegistration]:
 @hookimpl
 def register_balancers() -> list[BalancerRegistration]:
     return [
-        BalancerRegistration("traced", "fixed", TracedOptions, lambda _, tasks: Traced([t.name for t in tasks])),
-        BalancerRegistration("learned", "learned", TracedOptions, lambda _, tasks: Learned([t.name for t in tasks])),
+        BalancerRegistration(
+            "traced", "fixed", TracedOptions, lambda _, tasks: Traced([t.name for t in tasks])
+        ),
+        BalancerRegistration(
+            "learned", "learned", TracedOptions, lambda _, tasks: Learned([t.name for t in tasks])
+        ),
     ]
 
 
