@@ -11,6 +11,8 @@ from torch import Tensor, nn
 Node: TypeAlias = Any  # the C++ nodes of autograd have no common Python base
 Edge: TypeAlias = tuple[Node, int]
 
+_PASS_THROUGH = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -84,15 +86,26 @@ def _edges_of(tensors: Iterable[Tensor]) -> frozenset[Edge]:
 
 
 def _roots(loss: Tensor, stops: frozenset[Edge]) -> list[Node]:
-    if loss.grad_fn is None or (loss.grad_fn, loss.output_nr) in stops:
-        return []
-    return [loss.grad_fn]
+    edge = _through((loss.grad_fn, loss.output_nr), stops)
+    return [] if edge[0] is None or edge in stops else [edge[0]]
 
 
 def _next_nodes(node: Node, stops: frozenset[Edge]) -> Iterator[Node]:
     for edge in node.next_functions:
-        if edge[0] is not None and edge not in stops:
-            yield edge[0]
+        followed = _through(edge, stops)
+        if followed[0] is not None and followed not in stops:
+            yield followed[0]
+
+
+def _through(edge: Edge, stops: frozenset[Edge]) -> Edge:
+    """Follow an edge through nodes that hand each output's gradient to the input of the same number.
+
+    DistributedDataParallel and module hooks put such a node around all outputs of a module; taken as a
+    whole, every task would seem to reach every head.
+    """
+    while edge not in stops and type(edge[0]).__name__ in _PASS_THROUGH:
+        edge = edge[0].next_functions[edge[1]]
+    return edge
 
 
 def come_for_free(leaves: Sequence[Tensor], losses: Sequence[Tensor], shared: Sequence[Tensor]) -> bool:
@@ -106,11 +119,11 @@ def come_for_free(leaves: Sequence[Tensor], losses: Sequence[Tensor], shared: Se
     nodes = nodes_below([node for loss in losses for node in _roots(loss, stops)], stops)
     users: dict[Node, list[Node]] = {}
     for node in nodes:
-        for below, _ in node.next_functions:
+        for below in _next_nodes(node, frozenset()):
             users.setdefault(below, []).append(node)
     shared_ids = {id(tensor) for tensor in shared}
     pending = [node for node in nodes if id(getattr(node, "variable", None)) in shared_ids]
-    pending += [node for node in nodes if any(edge in stops for edge in node.next_functions)]
+    pending += [node for node in nodes if any(_through(edge, stops) in stops for edge in node.next_functions)]
     run: set[Node] = set()
     while pending:
         node = pending.pop()
