@@ -101,4 +101,7 @@ def _left(code: int, *, as_json: bool) -> int:
 
 def run_cli() -> NoReturn:
     """Run the command line of this process: the ``mtlbalance`` script."""
+    # Read by OpenMP when torch is imported. Threads that spin while they wait starve whatever else runs on the
+    # machine, and are starved by it: a step can take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main())

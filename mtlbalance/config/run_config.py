@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 Registered = TypeVar("Registered", bound=Registration, covariant=True)
 
-_NOT_RESULT = {"name", "output_dir", "device"}
-
 
 @dataclass(frozen=True, eq=False)
 class Choice(Generic[Registered]):
@@ -97,28 +95,26 @@ class RunConfig:
         return tomli_w.dumps(self.to_dict())
 
     def result_dict(self) -> dict[str, Any]:
-        """Return the part of ``to_dict`` that decides the result.
-
-        Left out: the run's name, folder and device, the plugins' paths, and the options that a plugin
-        declares to be places only.
-        """
-        sections = self.to_dict()
-        sections.pop("plugins", None)
-        places = {
-            "run": _NOT_RESULT,
-            **{
-                slot: choice.options.places
-                for slot, choice in (
-                    ("dataset", self.dataset),
-                    ("backbone", self.backbone),
-                    ("balancer", self.balancer),
-                )
-            },
-        }
+        """Return the part of ``to_dict`` that decides the result: all but ``free_keys``."""
+        free = self.free_keys()
         return {
-            name: {key: value for key, value in section.items() if key not in places.get(name, ())}
-            for name, section in sections.items()
+            name: {key: value for key, value in section.items() if f"{name}.{key}" not in free}
+            for name, section in self.to_dict().items()
+            if name not in free
         }
+
+    def free_keys(self) -> frozenset[str]:
+        """Return the dotted keys that do not decide the result.
+
+        The run's name, folder and device, the plugins' paths, and what a plugin declares to be places.
+        """
+        slots: dict[str, PluginConfig] = {
+            "dataset": self.dataset.options,
+            "backbone": self.backbone.options,
+            "balancer": self.balancer.options,
+        }
+        places = {f"{slot}.{key}" for slot, options in slots.items() for key in options.places}
+        return frozenset({"plugins", "run.name", "run.output_dir", "run.device"} | places)
 
     def result_hash(self) -> str:
         """Return the SHA-256 of ``result_dict``: equal for runs that must give the same result."""

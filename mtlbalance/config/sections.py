@@ -42,7 +42,7 @@ class TrainingSection(Section):
     weight_decay_late_epoch: int = Field(
         100, ge=0, description="the late weight decay holds once epoch (from 0) > this"
     )
-    grad_clip: float = Field(1.0, ge=0, description="joint L2 norm of all gradients; 0: no clipping")
+    grad_clip: float = Field(1.0, ge=0, description="joint L2 norm of the model's gradients; 0: no clipping")
     warmup_epochs: int = Field(10, ge=0, description="epochs of linear learning-rate warm-up")
     warmup_start: float = Field(0.1, gt=0, le=1, description="first factor of the warm-up")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="weight EMA per step; 0: evaluate live weights")

@@ -78,7 +78,7 @@ def run_training(
     run_dir = out if out is not None else default_run_dir(config)
     with open_run_folder(run_dir) as folder:
         if not fresh:
-            folder.check_config(config.to_toml(), free_keys=_free_keys(config))
+            folder.check_config(config.to_toml(), free_keys=config.free_keys())
             results = folder.read_results()
             if results is not None:
                 return RunOutcome(run_dir, results, "already-finished")
@@ -90,17 +90,6 @@ def run_training(
 def default_run_dir(config: RunConfig) -> Path:
     """Return ``{output_dir}/{name}/seed_{seed}``."""
     return config.run.output_dir / config.run.name / f"seed_{config.run.seed}"
-
-
-def _free_keys(config: RunConfig) -> set[str]:
-    """Return the dotted keys that do not decide the result: names and places."""
-    options = {
-        "dataset": config.dataset.options,
-        "backbone": config.backbone.options,
-        "balancer": config.balancer.options,
-    }
-    places = {f"{slot}.{key}" for slot, chosen in options.items() for key in chosen.places}
-    return places | {"run.name", "run.output_dir", "run.device", "plugins"}
 
 
 def _train(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,8 @@ MULTI_CONDITION_SUBSETS: tuple[Subset, ...] = ("FD002", "FD004")
 
 class CmapssConfig(PluginConfig):
     """Options of ``[dataset] name = "cmapss"``."""
+
+    places: ClassVar[frozenset[str]] = frozenset({"data_dir"})
 
     subset: Subset = Field("FD001", description="FD002 and FD004 have six operating conditions")
     protocol: Literal["paper", "honest", "window-split"] = Field(
