@@ -15,17 +15,28 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.amnl import AMNLLoss
     from mtlbalance.balancers.base import Balancer
     from mtlbalance.balancers.cagrad import CAGradLoss
+    from mtlbalance.balancers.cosmos import COSMOSLoss
     from mtlbalance.balancers.dualproj import DualProjLoss
+    from mtlbalance.balancers.dwa import DWALoss
+    from mtlbalance.balancers.excess_mtl import ExcessMTLLoss
     from mtlbalance.balancers.fairgrad import FairGradLoss
+    from mtlbalance.balancers.famo import FAMOLoss
     from mtlbalance.balancers.fixed import FixedWeightLoss
     from mtlbalance.balancers.gaba import GABALoss
+    from mtlbalance.balancers.gls import GLSLoss
     from mtlbalance.balancers.grace import GRACELoss
+    from mtlbalance.balancers.gradnorm import GradNormLoss
     from mtlbalance.balancers.imtl_g import IMTLGLoss
+    from mtlbalance.balancers.imtl_l import IMTLLLoss
     from mtlbalance.balancers.mgda import MGDALoss
     from mtlbalance.balancers.nash_mtl import NashMTLLoss
+    from mtlbalance.balancers.pbi import PBILoss
     from mtlbalance.balancers.pcgrad import PCGradLoss
+    from mtlbalance.balancers.rlw import RGWLoss, RLWLoss
     from mtlbalance.balancers.sample_weights import failure_weights
     from mtlbalance.balancers.signals import task_gradient_norms
+    from mtlbalance.balancers.stch import STCHLoss
+    from mtlbalance.balancers.uncertainty import UncertaintyLoss
     from mtlbalance.balancers.upgrad import UPGradLoss
 
 __version__ = "0.1.0"
@@ -35,17 +46,29 @@ __all__ = [
     "AlignedMTLLoss",
     "Balancer",
     "CAGradLoss",
+    "COSMOSLoss",
+    "DWALoss",
     "DualProjLoss",
+    "ExcessMTLLoss",
+    "FAMOLoss",
     "FairGradLoss",
     "FixedWeightLoss",
     "GABALoss",
+    "GLSLoss",
     "GRACELoss",
+    "GradNormLoss",
     "IMTLGLoss",
+    "IMTLLLoss",
     "MGDALoss",
     "MtlBalanceError",
     "NashMTLLoss",
+    "PBILoss",
     "PCGradLoss",
+    "RGWLoss",
+    "RLWLoss",
+    "STCHLoss",
     "UPGradLoss",
+    "UncertaintyLoss",
     "__version__",
     "failure_weights",
     "task_gradient_norms",
@@ -56,17 +79,29 @@ _HOME = {
     "AMNLLoss": "mtlbalance.balancers.amnl",
     "Balancer": "mtlbalance.balancers.base",
     "CAGradLoss": "mtlbalance.balancers.cagrad",
+    "COSMOSLoss": "mtlbalance.balancers.cosmos",
     "DualProjLoss": "mtlbalance.balancers.dualproj",
+    "DWALoss": "mtlbalance.balancers.dwa",
+    "ExcessMTLLoss": "mtlbalance.balancers.excess_mtl",
     "failure_weights": "mtlbalance.balancers.sample_weights",
     "FairGradLoss": "mtlbalance.balancers.fairgrad",
+    "FAMOLoss": "mtlbalance.balancers.famo",
     "FixedWeightLoss": "mtlbalance.balancers.fixed",
     "GABALoss": "mtlbalance.balancers.gaba",
+    "GLSLoss": "mtlbalance.balancers.gls",
     "GRACELoss": "mtlbalance.balancers.grace",
+    "GradNormLoss": "mtlbalance.balancers.gradnorm",
     "IMTLGLoss": "mtlbalance.balancers.imtl_g",
+    "IMTLLLoss": "mtlbalance.balancers.imtl_l",
     "MGDALoss": "mtlbalance.balancers.mgda",
     "NashMTLLoss": "mtlbalance.balancers.nash_mtl",
+    "PBILoss": "mtlbalance.balancers.pbi",
     "PCGradLoss": "mtlbalance.balancers.pcgrad",
+    "RGWLoss": "mtlbalance.balancers.rlw",
+    "RLWLoss": "mtlbalance.balancers.rlw",
+    "STCHLoss": "mtlbalance.balancers.stch",
     "task_gradient_norms": "mtlbalance.balancers.signals",
+    "UncertaintyLoss": "mtlbalance.balancers.uncertainty",
     "UPGradLoss": "mtlbalance.balancers.upgrad",
 }
 

@@ -37,6 +37,10 @@ class NonFiniteWarning(UserWarning):
     """A balancer met a NaN or infinite loss or task gradient, and kept its state out of it."""
 
 
+class UntrainedWeightsWarning(UserWarning):
+    """A balancer's own parameters do not change: no optimizer has them."""
+
+
 class ConfigError(MtlBalanceError):
     """A configuration cannot be used; the text lists every problem with its place."""
 

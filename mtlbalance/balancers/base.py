@@ -29,6 +29,7 @@ class Call:
     Args:
         losses: task index -> 0-d loss with its graph, for the tasks present on this rank.
         losses_K: the same, detached, 0 where absent.
+        present_K: True where this rank has the task.
         signals: what loss-reading methods weigh, already averaged over ranks.
         ranks: the ranks to agree with, or None.
         counts_K: how many ranks have each task, or None without ranks.
@@ -37,6 +38,7 @@ class Call:
 
     losses: dict[int, Tensor]
     losses_K: Tensor
+    present_K: Tensor
     signals: Signals
     ranks: Ranks | None
     counts_K: Tensor | None
@@ -82,6 +84,7 @@ class Balancer(nn.Module, ABC):
         "1"  # what the applied weights of the present tasks sum to
     )
     copies_to_host: ClassVar[bool] = False  # whether a training call waits for the device
+    unusable: ClassVar[str] = "a loss or a task gradient was NaN or infinite"  # what keeps the state as it is
     scale_heads: bool = True  # whether the parameters of one task alone get w_k·∂L_k, or ∂L_k
 
     applied_weights: Tensor
@@ -155,7 +158,7 @@ class Balancer(nn.Module, ABC):
         reduced = {self.tasks.index(task): loss for task, loss in reduce_losses(present, weights).items()}
         losses_K, present_K = self._stack(reduced)
         if not (self.training and torch.is_grad_enabled()):
-            return weighted_sum(reduced, self.current_weights(present_K))
+            return self._eval_call(reduced, present_K)
         return self._train_call(
             self._digest(reduced, losses_K, present_K, shared_params, model, retain_graph)
         )
@@ -168,13 +171,20 @@ class Balancer(nn.Module, ABC):
             return total
         return total + (call.value(weights_K) - total.detach())  # the value without N/n, the gradient with it
 
+    def _eval_call(self, losses: dict[int, Tensor], present_K: Tensor) -> Tensor:
+        """Return the value with the current weights; no state change."""
+        return weighted_sum(losses, self.current_weights(present_K))
+
     def _apply_weights(self, signals: Signals) -> Tensor:
         """Weigh, note what was applied, and count what was not finite."""
-        weights_K = self.weigh(signals).detach().to(self.applied_weights.dtype)
+        return self._note(self.weigh(signals), signals.finite)
+
+    def _note(self, weights_K: Tensor, finite: Tensor) -> Tensor:
+        weights_K = weights_K.detach().to(self.applied_weights.dtype)
         self.applied_weights.copy_(weights_K)
-        self.nonfinite_calls += (~signals.finite).to(torch.int64)
+        self.nonfinite_calls += (~finite).to(torch.int64)
         self.calls += 1
-        if signals.finite.device.type == "cpu":
+        if finite.device.type == "cpu":
             self._warn_nonfinite()
         return weights_K
 
@@ -203,12 +213,12 @@ class Balancer(nn.Module, ABC):
         retain_graph: bool,
     ) -> Call:
         ranks = active_ranks(self.process_group) if self.sync != "none" else None
-        read_K, counts_K = losses_K, None
+        read_K, anywhere_K, counts_K = losses_K, present_K, None
         if ranks is not None:
             read_K, counts_K = ranks.mean_losses(losses_K, present_K)
-            present_K = counts_K > 0
-        signals = Signals(read_K, present_K, None, torch.isfinite(read_K).all())
-        return Call(losses, losses_K, signals, ranks, counts_K, shared_params, model, retain_graph)
+            anywhere_K = counts_K > 0
+        signals = Signals(read_K, anywhere_K, None, torch.isfinite(read_K).all())
+        return Call(losses, losses_K, present_K, signals, ranks, counts_K, shared_params, model, retain_graph)
 
     # ------------------------------------------------------------------ read-outs
     def report(self) -> dict[str, dict[str, float]]:
@@ -239,7 +249,7 @@ class Balancer(nn.Module, ABC):
         if not self._warned_nonfinite and bool(self.nonfinite_calls):
             self._warned_nonfinite = True
             warnings.warn(
-                f"{self.get_name()}: a loss or a task gradient was NaN or infinite; the last good weights were applied "
+                f"{self.get_name()}: {self.unusable}; the last good weights were applied "
                 "and the state was kept (further cases are counted in num_nonfinite, without a warning)",
                 NonFiniteWarning,
                 stacklevel=3,
@@ -252,13 +262,15 @@ class Balancer(nn.Module, ABC):
     # ------------------------------------------------------------------ state
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow a move between devices, but keep the precision of the state under ``half()`` and the like."""
-        before = dict(self._buffers)
+        before = {name: tensor.data for name, tensor in self._tensors()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        for name, new in self._tensors():
+            if new.dtype != before[name].dtype:
+                new.data = before[name].to(new.device)
         return self
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

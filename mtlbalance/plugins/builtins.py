@@ -17,6 +17,7 @@ from mtlbalance.plugins.balancer_options import (
 )
 from mtlbalance.plugins.gramian_balancer_options import GRAMIAN_BALANCERS
 from mtlbalance.plugins.hookspecs import hookimpl
+from mtlbalance.plugins.loss_balancer_options import LOSS_BALANCERS
 from mtlbalance.plugins.registrations import (
     BackboneRegistration,
     BalancerRegistration,
@@ -123,7 +124,8 @@ def register_balancers() -> list[BalancerRegistration]:
         ),
         *GRAMIAN_BALANCERS,
     ]
-    return [
+    registrations = [
         BalancerRegistration(name, summary, options, FromClass(reference), check_balancer_options)
         for name, summary, options, reference in methods
     ]
+    return [*registrations, *LOSS_BALANCERS]

@@ -1,0 +1,108 @@
+"""The base of methods that minimise one function of the losses, their own objective."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mtlbalance.balancers.base import Balancer, Call, Sync
+from mtlbalance.balancers.delivery import weighted_sum
+from mtlbalance.balancers.signals import Signals
+
+
+class ObjectiveBalancer(Balancer):
+    """Base of balancers that minimise f(L_1, …, L_K), whose slopes w_k = ∂f/∂L_k are the weights applied.
+
+    A subclass writes down `objective`; this class differentiates it by the losses, delivers Σ w_k·∂L_k with
+    f as the value, and leaves out of the state whatever has no finite slope. Over ranks, f and its slopes
+    are those of the rank-averaged losses; the value shown is f of this rank's own losses.
+
+    Args:
+        tasks: K >= 1 unique task names.
+        first_weights: the slopes before the first call, one for all tasks or one a task.
+        sync, process_group: see ``Balancer``.
+
+    In ``eval()`` or without gradients the value is f, as in training.
+
+    State: ``last_weights`` (K,), the last finite slope of each task, and the base's.
+    Cost: one backward pass, and a few operations on K numbers. No host sync.
+    """
+
+    weight_sum: ClassVar[Literal["1", "K", "free"]] = "free"
+    unusable: ClassVar[str] = "a loss was NaN or infinite, or outside the domain of the method's objective"
+
+    last_weights: Tensor
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        first_weights: float | Sequence[float],
+        sync: Sync = "gradients",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(tasks, sync=sync, process_group=process_group)
+        self.register_buffer("last_weights", torch.ones(len(self.tasks)) * torch.as_tensor(first_weights))
+        self.applied_weights.copy_(self.last_weights)
+
+    @abstractmethod
+    def objective(self, losses_K: Tensor, present_K: Tensor) -> Tensor:
+        """Return f (0-d) of the present tasks' losses, differentiable.
+
+        An absent task's loss is given as 1, and must not count.
+        """
+
+    def observe(self, signals: Signals) -> None:
+        """Move what the objective remembers of the losses, where ``signals.finite``; called after it was used."""
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Return the slopes, or the last good ones."""
+        slopes_K = self._slopes(signals)
+        return self._move(signals, slopes_K, signals.finite & torch.isfinite(slopes_K).all())
+
+    def current_weights(self, present_K: Tensor) -> Tensor:
+        """Return the last slopes of the present tasks."""
+        return self.last_weights * present_K
+
+    def _train_call(self, call: Call) -> Tensor:
+        slopes_K = self._slopes(call.signals)
+        finite = call.signals.finite & torch.isfinite(slopes_K).all()
+        learned = self._learned_term(call.signals, finite)
+        weights_K = self._note(self._move(call.signals, slopes_K, finite), finite)
+        total = weighted_sum(call.losses, call.local_weights(weights_K))
+        if learned is not None:
+            total = total + learned
+        return total + (self._value(call, weights_K) - total.detach())
+
+    def _slopes(self, signals: Signals) -> Tensor:
+        losses_K = torch.where(signals.present_K, signals.losses_K, 1.0).requires_grad_()
+        with torch.enable_grad():
+            (slopes_K,) = torch.autograd.grad(self.objective(losses_K, signals.present_K), losses_K)
+        return slopes_K
+
+    def _move(self, signals: Signals, slopes_K: Tensor, finite: Tensor) -> Tensor:
+        """Remember good slopes, let the method observe the losses, and return what is to be applied."""
+        slopes_K = torch.where(signals.present_K & finite, slopes_K.to(self.last_weights), self.last_weights)
+        self.last_weights.copy_(slopes_K)
+        self.observe(Signals(signals.losses_K, signals.present_K, None, finite))
+        return self.current_weights(signals.present_K)
+
+    def _learned_term(self, signals: Signals, finite: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Return what carries the gradients of the method's own parameters; None if it has none."""
+        return None
+
+    @torch.no_grad()
+    def _value(self, call: Call, weights_K: Tensor) -> Tensor:
+        """Return f of this rank's losses, or where it has no finite value the weighted sum."""
+        own = self.objective(torch.where(call.present_K, call.losses_K, 1.0), call.present_K)
+        return torch.where(torch.isfinite(own), own, call.value(weights_K))
+
+    def _eval_call(self, losses: dict[int, Tensor], present_K: Tensor) -> Tensor:
+        device = self.last_weights.device
+        one = torch.ones((), device=device)
+        losses_K = torch.stack([losses.get(index, one).to(device) for index in range(len(self.tasks))])
+        return self.objective(losses_K, present_K)
