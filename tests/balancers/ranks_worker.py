@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_balancer
+from conftest import facts_of, make_balancer
 
 TASKS = ("a", "b", "c")
 PER_RANK = 4
@@ -79,8 +79,9 @@ def train(
     )
     options = {key: scenario[key] for key in ("delivery", "sync") if key in scenario}
     balancer = make_balancer(method, TASKS, warmup_steps=1, beta=0.5, max_weight=1.0, **options)
-    optimizer = torch.optim.SGD(core.parameters(), lr=0.05)
-    weights = []
+    optimizer = torch.optim.SGD([*core.parameters(), *balancer.parameters()], lr=0.05)
+    weights, following = [], []
+    everywhere = torch.ones(len(TASKS), dtype=torch.bool)
     for step in range(STEPS):
         optimizer.zero_grad()
         tasks = ("a", "c") if absent_here else TASKS
@@ -100,9 +101,14 @@ def train(
         weights.append(balancer.get_weights())
         if not scenario.get("bad") or step < 2:
             optimizer.step()
+        balancer.end_epoch()
+        current = balancer.current_weights(everywhere).tolist()
+        following.append(dict(zip(TASKS, current, strict=True)))
+    learned = [*core.parameters(), *balancer.parameters()]
     return {
         "weights": weights,
-        "parameters": [parameter.detach().clone() for parameter in core.parameters()],
+        "following": following,  # what the state after each step gives
+        "parameters": [parameter.detach().clone() for parameter in learned],
         "nonfinite": balancer.num_nonfinite,
     }
 
@@ -118,6 +124,8 @@ def main() -> None:
     results = {}
     for method in methods:
         for name, scenario in scenarios().items():
+            if scenario.get("features") and facts_of(method).needs_parameters:
+                continue
             results[f"{method}/{name}"] = train(method, scenario, rank, world, inputs, targets)
     torch.save(results, out / f"rank{rank}.pt")
     dist.destroy_process_group()
