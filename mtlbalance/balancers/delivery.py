@@ -40,6 +40,10 @@ class GradientSum:
             if gradient is None:
                 continue
             found = self._sums.get(id(tensor))
+            if gradient.dtype in (torch.float16, torch.bfloat16):
+                gradient = (
+                    gradient.float()
+                )  # summed, and scaled at delivery, before it is rounded to the parameter
             if found is None:
                 new_tensors.append(tensor)
                 new_gradients.append(gradient)

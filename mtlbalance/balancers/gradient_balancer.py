@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from mtlbalance.balancers.base import Balancer, Call, Reads, Sync
 from mtlbalance.balancers.checks import integer, one_of
 from mtlbalance.balancers.delivery import GradientSum
-from mtlbalance.balancers.graph import come_for_free, obstacle_to_direct_delivery, reaches, trace
+from mtlbalance.balancers.graph import (
+    casts_to_half,
+    come_for_free,
+    obstacle_to_direct_delivery,
+    reaches,
+    trace,
+)
+from mtlbalance.balancers.probe_scale import ProbeScale
 from mtlbalance.balancers.shared import discover_shared, list_shared, missing_shared, unrelated_shared
 from mtlbalance.balancers.signals import (
     Gradients,
@@ -50,6 +57,7 @@ class Probe:
 
     Args:
         plan: what was differentiated.
+        scales_K: what each loss was multiplied by, and its gradients still are; None: nothing (all 1).
         rows: task index -> gradients of ``plan.shared``, then of ``plan.several``; after averaging over ranks,
             for every task.
         averaged: for each column of the rows, whether it is averaged over ranks already.
@@ -57,6 +65,7 @@ class Probe:
     """
 
     plan: Plan
+    scales_K: Tensor | None
     rows: dict[int, Gradients]
     averaged: list[bool]
     of_own: dict[int, Gradients]
@@ -65,6 +74,10 @@ class Probe:
         """Return a row for each of ``count`` tasks over the shared columns, all or only those (not) averaged."""
         chosen = [c for c in range(len(self.plan.shared)) if averaged is None or self.averaged[c] is averaged]
         return [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
+
+    def unscaled(self, values_K: Tensor) -> Tensor:
+        """Take the scales out of norms, or of the weights that the gradients will be multiplied by."""
+        return values_K if self.scales_K is None else values_K / self.scales_K.to(values_K.dtype)
 
 
 class GradientBalancer(Balancer):
@@ -99,6 +112,8 @@ class GradientBalancer(Balancer):
     ) -> None:
         super().__init__(tasks, sync=sync, process_group=process_group)
         self.update_every = integer(update_every, "update_every", 1)
+        self.probe_scale = ProbeScale(len(self.tasks))
+        self._in_half: bool | None = None  # whether float16 lies in the graphs; looked up at the first probe
         self.delivery = one_of(delivery, "delivery", ("auto", "direct", "weighted_sum"))
 
     def measures_now(self) -> bool:
@@ -125,8 +140,14 @@ class GradientBalancer(Balancer):
     def _read(self, call: Call, probe: Probe) -> Signals:
         """Turn what was probed into what the method weighs."""
         norms_K = self._norms(call, probe)
-        finite = call.signals.finite & torch.isfinite(norms_K).all()
-        return replace(call.signals, grad_norms_K=norms_K, finite=finite)
+        return replace(call.signals, grad_norms_K=norms_K, finite=self._finite(call, probe, norms_K))
+
+    def _finite(self, call: Call, probe: Probe, measured_K: Tensor) -> Tensor:
+        """Return whether losses and what was measured are finite, and let the probe scale learn from it."""
+        finite_K = torch.isfinite(measured_K)
+        if probe.scales_K is not None:
+            self.probe_scale.update(call.signals.present_K & call.signals.finite, ~finite_K)
+        return call.signals.finite & finite_K.all()
 
     def _by_weighted_sum(self, call: Call) -> Tensor:
         total = super()._train_call(call)
@@ -175,10 +196,12 @@ class GradientBalancer(Balancer):
         columns = [*plan.shared, *plan.several]
         rows: dict[int, Gradients] = {}
         of_own: dict[int, Gradients] = {}
+        scales_K = self._scales(call, plan.shared)
         last = next(reversed(call.losses))
         for index, loss in call.losses.items():
             keep_graph = call.retain_graph or not plan.direct or index != last
-            gradients = task_gradients(loss, [*columns, *plan.own[index]], retain_graph=keep_graph)
+            scaled = loss if scales_K is None else loss * scales_K[index]
+            gradients = task_gradients(scaled, [*columns, *plan.own[index]], retain_graph=keep_graph)
             require_related(self.tasks[index], gradients, plan.shared)
             rows[index], of_own[index] = gradients[: len(columns)], gradients[len(columns) :]
         averaged = [False] * len(columns)
@@ -193,13 +216,24 @@ class GradientBalancer(Balancer):
                 for column, gradient in zip(leaves, mean, strict=True):
                     row[column] = gradient
                     averaged[column] = True
-        return Probe(plan, rows, averaged, of_own)
+        return Probe(plan, scales_K, rows, averaged, of_own)
+
+    def _scales(self, call: Call, shared: list[Tensor]) -> Tensor | None:
+        """Return the scales to probe with where float16 is in play, else None."""
+        device_type = call.losses_K.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            self._in_half = self._in_half or torch.get_autocast_dtype(device_type) == torch.float16
+        if self._in_half is None:
+            in_shared = any(tensor.dtype == torch.float16 for tensor in shared)
+            self._in_half = in_shared or casts_to_half(call.losses.values())
+        return self.probe_scale.scales(call.signals.losses_K) if self._in_half else None
 
     def _norms(self, call: Call, probe: Probe) -> Tensor:
         device, count = call.losses_K.device, len(self.tasks)
 
         def norms_of(averaged: bool | None) -> Tensor:
-            return torch.stack([gradient_norm(row, device) for row in probe.read(count, averaged=averaged)])
+            norms = [gradient_norm(row, device) for row in probe.read(count, averaged=averaged)]
+            return probe.unscaled(torch.stack(norms))
 
         if call.ranks is None or call.counts_K is None:
             return norms_of(None)
@@ -212,12 +246,15 @@ class GradientBalancer(Balancer):
 
     # ------------------------------------------------------------------ handing over
     def _deliver(self, call: Call, probe: Probe, weights_K: Tensor) -> Tensor:
-        plan, local_K = probe.plan, call.local_weights(weights_K)
-        heads_K = local_K if self.scale_heads else call.local_weights(torch.ones_like(weights_K))
+        plan, local_K = probe.plan, probe.unscaled(call.local_weights(weights_K))
+        averaged_K = probe.unscaled(weights_K)
+        heads_K = (
+            local_K if self.scale_heads else probe.unscaled(call.local_weights(torch.ones_like(weights_K)))
+        )
         columns = [*plan.shared, *plan.several]
         total = GradientSum()
         for index, row in probe.rows.items():
-            for averaged, weights in ((True, weights_K), (False, local_K)):
+            for averaged, weights in ((True, averaged_K), (False, local_K)):
                 chosen = [
                     column for column, is_averaged in enumerate(probe.averaged) if is_averaged is averaged
                 ]
@@ -228,12 +265,17 @@ class GradientBalancer(Balancer):
 
     def _unscaled_heads(self, call: Call) -> Tensor:
         """Return a zero whose backward pass adds (1 − w_k)·∂L_k to each head, to make up for the weighted sum."""
-        own = trace(list(call.losses.values()), self._shared(call)).own
-        missing_K = call.local_weights(1.0 - self.applied_weights)
+        shared = self._shared(call)
+        own = trace(list(call.losses.values()), shared).own
+        scales_K = self._scales(call, shared)
+        if scales_K is None:
+            scales_K = torch.ones_like(self.applied_weights)
+        missing_K = call.local_weights(1.0 - self.applied_weights) / scales_K
         total = GradientSum()
         for (index, loss), leaves in zip(call.losses.items(), own, strict=True):
             if leaves:
-                total.add(leaves, task_gradients(loss, leaves, retain_graph=True), missing_K[index])
+                gradients = task_gradients(loss * scales_K[index], leaves, retain_graph=True)
+                total.add(leaves, gradients, missing_K[index])
         return total.deliver(torch.zeros_like(call.losses_K[0]), keep=call.retain_graph)
 
 

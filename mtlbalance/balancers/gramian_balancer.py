@@ -111,7 +111,9 @@ class GramianBalancer(GradientBalancer):
             if not all(tensor.is_leaf for tensor in probe.plan.shared):
                 features_KK = gram_matrix(probe.read(count, averaged=False), device)
                 gramian_KK = gramian_KK + call.ranks.combine_feature_gramian(features_KK, call.counts_K)
-        finite = call.signals.finite & torch.isfinite(gramian_KK).all()
+        if probe.scales_K is not None:
+            gramian_KK = gramian_KK / torch.outer(probe.scales_K, probe.scales_K).to(gramian_KK)
+        finite = self._finite(call, probe, gramian_KK.diagonal()) & torch.isfinite(gramian_KK).all()
         return replace(call.signals, gramian_KK=gramian_KK, finite=finite)
 
     def _report(self) -> dict[str, Tensor]:

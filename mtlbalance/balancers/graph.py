@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Node: TypeAlias = Any  # the C++ nodes of autograd have no common Python base
@@ -141,6 +142,17 @@ def reaches(loss: Tensor, tensors: Sequence[Tensor]) -> bool:
     nodes = nodes_below(_roots(loss, frozenset()))
     below = any(tensor.grad_fn in nodes for tensor in tensors if tensor.grad_fn is not None)
     return below or id(loss) in wanted or any(id(leaf) in wanted for leaf in leaves_below(nodes))
+
+
+def casts_to_half(losses: Iterable[Tensor]) -> bool:
+    """Return whether float16 values lie between the losses and their leaves, as under autocast."""
+    nodes = nodes_below([node for loss in losses for node in _roots(loss, frozenset())])
+    return any(
+        metadata.dtype == torch.float16
+        for node in nodes
+        if type(node).__name__ == "ToCopyBackward0"
+        for metadata in node._input_metadata
+    )
 
 
 def obstacle_to_direct_delivery(shared: Sequence[Tensor], others: Sequence[Tensor]) -> str:

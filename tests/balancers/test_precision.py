@@ -1,0 +1,139 @@
+"""Mixed precision, with a real GradScaler: nothing underflows in probes, overflow is seen and skipped."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mtlbalance.errors import NonFiniteWarning
+
+TASKS = ("a", "b")
+
+
+def reads_gradients(balancer) -> bool:
+    return balancer.reads in ("gradient norms", "gramian", "jacobian")
+
+
+def losses(p, scale: float, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Per-sample losses of a trunk under autocast; both tasks' losses are scaled."""
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        features = p.trunk(p.inputs)
+        predictions = {task: p.heads[task](features).squeeze(-1) for task in p.tasks}
+    factors = {"a": scale, "b": 0.1 * scale}
+    return {
+        task: factors[task] * (predictions[task].to(p.targets[task].dtype) - p.targets[task]).square()
+        for task in p.tasks
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+def test_probes_neither_vanish_nor_overflow(method, make, problem, dtype, scale):
+    if not reads_gradients(make(method)):
+        return
+    p, exact = problem(TASKS), problem(TASKS, dtype=torch.float64)
+    measured, expected = (
+        make(method, warmup_steps=0, max_weight=1.0),
+        make(method, warmup_steps=0, max_weight=1.0),
+    )
+    delivered = p.gradients(measured(losses(p, scale, dtype), shared_params=p.trunk, targets=p.targets))
+    expected(losses(exact, scale, None), shared_params=exact.trunk, targets=exact.targets)
+    assert measured.num_nonfinite == 0
+    if "grad_norm" in measured.report():
+        assert measured.report()["grad_norm"] == pytest.approx(expected.report()["grad_norm"], rel=0.05)
+    assert all(gradient.isfinite().all() for gradient in delivered)
+    assert delivered[0].abs().max() > 0
+    if measured.weight_sum != "free":
+        assert measured.get_weights() == pytest.approx(expected.get_weights(), abs=0.02)
+
+
+@pytest.mark.parametrize("delivery", ["direct", "weighted_sum"])
+def test_the_scale_leaves_no_trace_in_what_is_delivered(method, make, problem, delivery):
+    """With float16 in the graph the probe scale works; powers of two must cancel to the last bit in float32."""
+    if not reads_gradients(make(method)):
+        return
+    p = problem(TASKS)
+    scaled, plain = (
+        make(method, warmup_steps=0, delivery=delivery),
+        make(method, warmup_steps=0, delivery=delivery),
+    )
+    scaled._in_half, plain._in_half = True, False
+    first = p.gradients(p.call(scaled))
+    second = p.gradients(p.call(plain))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)
+    assert scaled.get_weights() == pytest.approx(plain.get_weights(), rel=1e-6)
+
+
+def test_a_loop_with_a_grad_scaler(method, make, problem):
+    """Twenty steps in float16 follow float32; an overflow is skipped by the scaler and leaves no trace."""
+    p, exact = problem(TASKS), problem(TASKS)
+    balancer, reference = make(method, warmup_steps=2), make(method, warmup_steps=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    ours, theirs = (torch.optim.SGD(x.parameters(), lr=1e-4) for x in (p, exact))
+    for step in range(20):
+        overflows = step == 10
+        before = copy.deepcopy(balancer.state_dict())
+        parameters = [parameter.detach().clone() for parameter in p.parameters()]
+        found = losses(p, 1.0, torch.float16)
+        if overflows:
+            found["a"] = found["a"] * torch.inf
+        ours.zero_grad()
+        if overflows:
+            with pytest.warns(NonFiniteWarning):
+                loss = balancer(found, shared_params=p.trunk, targets=p.targets)
+        else:
+            loss = balancer(found, shared_params=p.trunk, targets=p.targets)
+        scaler.scale(loss).backward()
+        scaler.unscale_(ours)
+        nn.utils.clip_grad_norm_(p.parameters(), 10.0)
+        scaler.step(ours)
+        scaler.update()
+        if overflows:
+            assert scaler.get_scale() == 2.0**9
+            for parameter, old in zip(p.parameters(), parameters, strict=True):
+                assert torch.equal(parameter, old)
+            after = balancer.state_dict()
+            moving = [key for key, value in before.items() if value.is_floating_point()]
+            for key in set(moving) - {"applied_weights"}:
+                assert torch.equal(before[key].nan_to_num(), after[key].nan_to_num()), key
+            continue
+        theirs.zero_grad()
+        reference(losses(exact, 1.0, None), shared_params=exact.trunk, targets=exact.targets).backward()
+        nn.utils.clip_grad_norm_(exact.parameters(), 10.0)
+        theirs.step()
+    assert balancer.num_nonfinite == 1
+    for parameter, other in zip(p.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0.05, atol=5e-3)
+
+
+def test_parameters_in_bfloat16(method, make, problem):
+    p = problem(TASKS, dtype=torch.bfloat16)
+    balancer = make(method, warmup_steps=0)
+    found = p.gradients(p.call(balancer))
+    assert all(gradient.dtype == torch.bfloat16 and gradient.isfinite().all() for gradient in found)
+    assert balancer.num_nonfinite == 0
+
+
+def test_an_overflowing_probe_lowers_its_scale_and_recovers():
+    """A graph in float16 whose gradients overflow at the first scale: a few counted calls, then it measures."""
+    from mtlbalance import GABALoss
+
+    theta = torch.full((4,), 1.0, requires_grad=True)
+    balancer = GABALoss(TASKS, warmup_steps=0)
+
+    def call():
+        wide = (theta.half() * 1.0).repeat(2000) * 30.0
+        return balancer(wide.float().sum() - 239_999.0, theta.half().float().sum(), shared_params=[theta])
+
+    with pytest.warns(NonFiniteWarning):
+        call().backward()
+    for _ in range(8):
+        theta.grad = None
+        call().backward()
+    assert theta.grad.isfinite().all()
+    assert 0 < balancer.num_nonfinite < 6
+    assert balancer.report()["grad_norm"]["a"] == pytest.approx(2 * 2000 * 30.0, rel=0.01)
