@@ -72,11 +72,13 @@ class ObjectiveBalancer(Balancer):
         slopes_K = self._slopes(call.signals)
         finite = call.signals.finite & torch.isfinite(slopes_K).all()
         learned = self._learned_term(call.signals, finite)
+        own = self._own_value(call)
         weights_K = self._note(self._move(call.signals, slopes_K, finite), finite)
         total = weighted_sum(call.losses, call.local_weights(weights_K))
         if learned is not None:
             total = total + learned
-        return total + (self._value(call, weights_K) - total.detach())
+        value = torch.where(torch.isfinite(own), own, call.value(weights_K))
+        return total + (value - total.detach())
 
     def _slopes(self, signals: Signals) -> Tensor:
         losses_K = torch.where(signals.present_K, signals.losses_K, 1.0).requires_grad_()
@@ -96,10 +98,9 @@ class ObjectiveBalancer(Balancer):
         return None
 
     @torch.no_grad()
-    def _value(self, call: Call, weights_K: Tensor) -> Tensor:
-        """Return f of this rank's losses, or where it has no finite value the weighted sum."""
-        own = self.objective(torch.where(call.present_K, call.losses_K, 1.0), call.present_K)
-        return torch.where(torch.isfinite(own), own, call.value(weights_K))
+    def _own_value(self, call: Call) -> Tensor:
+        """Return f of this rank's losses; where it has no finite value, the weighted sum is shown instead."""
+        return self.objective(torch.where(call.present_K, call.losses_K, 1.0), call.present_K)
 
     def _eval_call(self, losses: dict[int, Tensor], present_K: Tensor) -> Tensor:
         device = self.last_weights.device

@@ -62,6 +62,7 @@ def scenarios() -> dict[str, dict]:
         "norms": {"sync": "norms"},
         "none": {"sync": "none"},
         "non-finite on rank 1": {"bad": True},
+        "update after the step": {"update": True},  # of methods that have one
     }
 
 
@@ -101,6 +102,8 @@ def train(
         weights.append(balancer.get_weights())
         if not scenario.get("bad") or step < 2:
             optimizer.step()
+        if scenario.get("update"):
+            balancer.update(per_sample(core(steps_inputs[step, share], tasks), targets))
         balancer.end_epoch()
         current = balancer.current_weights(everywhere).tolist()
         following.append(dict(zip(TASKS, current, strict=True)))
@@ -125,6 +128,8 @@ def main() -> None:
     for method in methods:
         for name, scenario in scenarios().items():
             if scenario.get("features") and facts_of(method).needs_parameters:
+                continue
+            if scenario.get("update") and method != "famo":
                 continue
             results[f"{method}/{name}"] = train(method, scenario, rank, world, inputs, targets)
     torch.save(results, out / f"rank{rank}.pt")

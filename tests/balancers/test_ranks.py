@@ -94,6 +94,17 @@ def test_features_equal_one_process(method, facts, runs, worker, name):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
+def test_famo_updates_from_all_ranks(runs, worker):
+    world, ranks = runs
+    expected = reference(worker, "famo", "update after the step", world)
+    without = reference(worker, "famo", "parameters", world)
+    assert expected["following"] != without["following"]
+    for found in (rank["famo/update after the step"] for rank in ranks):
+        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        assert found["weights"] == ranks[0]["famo/update after the step"]["weights"]
+
+
 def test_norms_are_an_approximation_that_all_ranks_share(method, runs, worker):
     world, ranks = runs
     exact = reference(worker, method, "parameters", world)["weights"]
