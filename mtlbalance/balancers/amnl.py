@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Reads, Sync
+from mtlbalance.balancers.base import Reads, Sync, share_budget
 from mtlbalance.balancers.fixed import FixedWeightLoss
 from mtlbalance.balancers.sample_weights import FailureWeighting
 from mtlbalance.balancers.signals import Signals
@@ -69,12 +69,19 @@ class AMNLLoss(FailureWeighting, FixedWeightLoss):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Return the fixed weights, each divided by its task's loss in the legacy form."""
-        weights_K = self.current_weights(signals.present_K)
+        weights_K = super().current_weights(signals.present_K)
         if not self.normalise:
             return weights_K
         size_K = signals.losses_K.abs()
         usable_K = torch.isfinite(size_K) & (size_K > torch.finfo(size_K.dtype).tiny)
-        return torch.where(usable_K, weights_K / torch.where(usable_K, size_K, 1.0), weights_K)
+        divided_K = torch.where(usable_K, weights_K / torch.where(usable_K, size_K, 1.0), weights_K)
+        return torch.where(signals.finite, divided_K, self.current_weights(signals.present_K))
+
+    def current_weights(self, present_K: Tensor) -> Tensor:
+        """Return the configured weights; in the legacy form those applied last."""
+        if self.normalise:
+            return share_budget(self.applied_weights, present_K)
+        return super().current_weights(present_K)
 
     def get_name(self) -> str:
         """Return ``AMNL``, or ``AMNL(normalised)`` for the legacy form."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from mtlbalance.balancers.delivery import weighted_sum
 from mtlbalance.balancers.losses import check_sample_weights, name_losses, reduce_losses
 from mtlbalance.balancers.ranks import Ranks, active_ranks
 from mtlbalance.balancers.signals import Signals
-from mtlbalance.errors import NonFiniteWarning, StateMismatchError
+from mtlbalance.balancers.state import TaskState
+from mtlbalance.errors import NonFiniteWarning
 
 Sync = Literal["gradients", "norms", "none"]
 Reads = Literal["nothing", "losses", "gradient norms", "gramian", "jacobian"]
@@ -60,7 +61,7 @@ class Call:
         return (weights_K * self.losses_K).sum()
 
 
-class Balancer(nn.Module, ABC):
+class Balancer(TaskState, ABC):
     """Base of every balancer: from named task losses to the scalar that you call ``backward()`` on.
 
     Call it with the losses by name; ``.backward()`` on what it returns leaves in every ``.grad`` what the
@@ -80,16 +81,14 @@ class Balancer(nn.Module, ABC):
 
     method: ClassVar[str] = "Balancer"
     reads: ClassVar[Reads] = "losses"
-    weight_sum: ClassVar[Literal["1", "K", "free"]] = (
-        "1"  # what the applied weights of the present tasks sum to
-    )
+    weight_sum: ClassVar[Literal["1", "K", "free"]] = "1"  # the sum of the weights of the present tasks
     copies_to_host: ClassVar[bool] = False  # whether a training call waits for the device
     unusable: ClassVar[str] = "a loss or a task gradient was NaN or infinite"  # what keeps the state as it is
     scale_heads: bool = True  # whether the parameters of one task alone get w_k·∂L_k, or ∂L_k
 
     applied_weights: Tensor
     nonfinite_calls: Tensor
-    _counters: ClassVar[tuple[str, ...]] = ("calls",)  # host integers, saved as 0-d tensors
+    _counters: ClassVar[tuple[str, ...]] = ("calls",)
 
     def __init__(self, tasks: Sequence[str], *, sync: Sync = "gradients", process_group: Any = None) -> None:
         super().__init__()
@@ -97,8 +96,8 @@ class Balancer(nn.Module, ABC):
         self.sync = one_of(sync, "sync", ("gradients", "norms", "none"))
         self.process_group = process_group
         self.calls = 0
-        self.generator: torch.Generator | None = None  # on the CPU, for methods that draw; part of the state
         self._warned_nonfinite = False
+        self._nonfinite_when_loaded = 0
         self.register_buffer("applied_weights", torch.full((len(self.tasks),), 1.0 / len(self.tasks)))
         self.register_buffer("nonfinite_calls", torch.zeros((), dtype=torch.int64))
 
@@ -146,7 +145,8 @@ class Balancer(nn.Module, ABC):
                 are read; ignored by methods that read none.
             model: discovers the shared parameters where ``shared_params`` is None.
             sample_weights: task name -> (B,) weights of the samples, detached; default 1.
-            retain_graph: keep the graph of the losses, to add terms outside or to differentiate twice.
+            retain_graph: keep the graph of the losses after this call, so that terms outside the mapping, or another
+                balancer, may use it; ``backward(retain_graph=True)`` is still needed to come back a second time.
             context: anything else; ignored unless the method knows it (``targets=`` for AMNL and GRACE).
 
         Returns:
@@ -192,7 +192,8 @@ class Balancer(nn.Module, ABC):
         """Return the detached losses and the presence of each task, following the losses to their device."""
         first = next(iter(losses.values()))
         if self.applied_weights.device != first.device:
-            self.to(first.device)
+            with torch.inference_mode(False):  # state made under inference_mode could never be updated again
+                self.to(first.device)
         if len(losses) == len(self.tasks):
             losses_K = torch.stack([loss.detach().to(first.device) for loss in losses.values()])
             return losses_K, torch.ones_like(losses_K, dtype=torch.bool)
@@ -246,8 +247,11 @@ class Balancer(nn.Module, ABC):
         return int(self.nonfinite_calls)
 
     def _warn_nonfinite(self) -> None:
-        if not self._warned_nonfinite and bool(self.nonfinite_calls):
-            self._warned_nonfinite = True
+        if self._warned_nonfinite:
+            return
+        count = int(self.nonfinite_calls)
+        self._warned_nonfinite = count > 0
+        if count > self._nonfinite_when_loaded:
             warnings.warn(
                 f"{self.get_name()}: {self.unusable}; the last good weights were applied "
                 "and the state was kept (further cases are counted in num_nonfinite, without a warning)",
@@ -255,50 +259,13 @@ class Balancer(nn.Module, ABC):
                 stacklevel=3,
             )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._nonfinite_when_loaded = int(self.nonfinite_calls)  # the run that counted them has warned
+
     def extra_repr(self) -> str:
         """Show the tasks in ``print(balancer)``."""
         return f"{self.get_name()}, tasks={self.tasks}"
-
-    # ------------------------------------------------------------------ state
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow a move between devices, but keep the precision of the state under ``half()`` and the like."""
-        before = {name: tensor.data for name, tensor in self._tensors()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, new in self._tensors():
-            if new.dtype != before[name].dtype:
-                new.data = before[name].to(new.device)
-        return self
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "task_names"] = _encode(self.tasks)
-        for name in self._counters:
-            destination[prefix + name] = torch.tensor(getattr(self, name))
-        if self.generator is not None:
-            destination[prefix + "generator"] = self.generator.get_state()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        names = state_dict.get(prefix + "task_names")
-        if names is not None and _decode(names) != self.tasks:
-            raise StateMismatchError(
-                f"this state was saved for the tasks {_decode(names)}, but {self.get_name()} has {self.tasks}"
-            )
-        extra = ["task_names", *self._counters, *(["generator"] if self.generator is not None else [])]
-        missing = [name for name in extra if prefix + name not in state_dict]
-        for name in self._counters:
-            if name not in missing:
-                setattr(self, name, int(state_dict[prefix + name]))
-        if self.generator is not None and "generator" not in missing:
-            self.generator.set_state(state_dict[prefix + "generator"].cpu())
-        own = {prefix + name for name in extra}
-        super()._load_from_state_dict(
-            {key: value for key, value in state_dict.items() if key not in own}, prefix, *args
-        )
-        missing_keys: list[str] = args[2]
-        missing_keys.extend(prefix + name for name in missing)
 
 
 def share_budget(weights_K: Tensor, present_K: Tensor) -> Tensor:
@@ -308,9 +275,9 @@ def share_budget(weights_K: Tensor, present_K: Tensor) -> Tensor:
     return torch.where(kept > 0, kept_K * (weights_K.sum() / kept), kept_K)
 
 
-def _encode(tasks: Sequence[str]) -> Tensor:
-    return torch.tensor(list("\0".join(tasks).encode()), dtype=torch.uint8)
-
-
-def _decode(names: Tensor) -> tuple[str, ...]:
-    return tuple(bytes(names.tolist()).decode().split("\0"))
+def share_of_present(weights_K: Tensor, present_K: Tensor) -> Tensor:
+    """Return the present tasks' weights as shares of 1, 0 elsewhere; uniform if they are all 0."""
+    kept_K = weights_K * present_K
+    absent = (weights_K * ~present_K).sum()
+    kept = torch.where(absent > 0, kept_K.sum(), torch.ones_like(absent))  # all present: as they are
+    return torch.where(kept > 0, kept_K / kept, present_K / present_K.sum())

@@ -48,7 +48,11 @@ class GradientSum:
                 new_tensors.append(tensor)
                 new_gradients.append(gradient)
             elif gradient.is_sparse or found[1].is_sparse:
-                self._sums[id(tensor)] = (tensor, found[1] + gradient * weight.to(gradient.device))
+                term = gradient * weight.to(gradient.device)
+                total = (
+                    term + found[1] if found[1].is_sparse else found[1] + term
+                )  # dense + sparse, never reversed
+                self._sums[id(tensor)] = (tensor, total)
             else:
                 found[1].addcmul_(gradient, weight.to(gradient.device, gradient.dtype))
         # A first product is out of place: autograd may hand out one buffer for two tensors, or a view.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Sync
+from mtlbalance.balancers.base import Sync, share_of_present
 from mtlbalance.balancers.checks import integer, real
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
 from mtlbalance.balancers.signals import Signals
@@ -141,11 +141,3 @@ def raw_weights(norms_K: Tensor, present_K: Tensor) -> Tensor:
     others_K = norms_K.expand(len(norms_K), -1).clone().fill_diagonal_(0.0).sum(dim=1)
     raw_K = present_K * others_K / ((count - 1).clamp(min=1) * total)
     return torch.where((total > 0) & (count > 1), raw_K, uniform_K)
-
-
-def share_of_present(weights_K: Tensor, present_K: Tensor) -> Tensor:
-    """Return the present tasks' weights as shares of 1, 0 elsewhere; uniform if they are all 0."""
-    kept_K = weights_K * present_K
-    absent = (weights_K * ~present_K).sum()
-    kept = torch.where(absent > 0, kept_K.sum(), torch.ones_like(absent))  # all present: as they are
-    return torch.where(kept > 0, kept_K / kept, present_K / present_K.sum())

@@ -15,12 +15,19 @@ from mtlbalance.balancers.delivery import GradientSum
 from mtlbalance.balancers.graph import (
     casts_to_half,
     come_for_free,
+    has_static_graph,
     obstacle_to_direct_delivery,
     reaches,
     trace,
 )
 from mtlbalance.balancers.probe_scale import ProbeScale
-from mtlbalance.balancers.shared import discover_shared, list_shared, missing_shared, unrelated_shared
+from mtlbalance.balancers.shared import (
+    discover_shared,
+    hidden_heads,
+    list_shared,
+    missing_shared,
+    unrelated_shared,
+)
 from mtlbalance.balancers.signals import (
     Gradients,
     Signals,
@@ -28,10 +35,13 @@ from mtlbalance.balancers.signals import (
     require_differentiable,
     require_related,
     task_gradients,
+    without_hooks,
 )
 from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
 Delivery = Literal["auto", "direct", "weighted_sum"]
+
+_HALF_CHECK_EVERY = 100  # probes between looks for float16 in the graph, where autocast does not tell
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,15 @@ class GradientBalancer(Balancer):
     then differentiates Σ w_k·L_k once more. ``"auto"`` delivers directly when a pass down to the shared tensors
     covers everything that two tasks share, and by weighted sum otherwise (a suffix of the trunk, tensor hooks).
 
+    Hooks on activations inside the trunk, and ``retain_grad()`` there, see each task's gradient in turn; where they
+    must see the weighted sum, pass ``delivery="weighted_sum"``. Activation checkpointing needs
+    ``use_reentrant=False``, and recomputes once a probe; representations avoid that.
+
     Args:
         tasks: K >= 1 unique task names.
         update_every: measure on the first call after warm-up and then on every N-th (>= 1); between, the
-            smoothed weights are reused and a call costs one pass. Default 1.
+            weights are reused and a call costs one pass. A task is measured in such calls only, so with tasks
+            that alternate in step with N, choose another N. Default 1.
         delivery: ``"auto"``, ``"direct"`` or ``"weighted_sum"``.
         sync: over ranks. ``"gradients"`` averages each task's gradients before they are read, so that N ranks
             weigh as one; ``"norms"`` averages the ranks' own norms, a cheap approximation; ``"none"`` nothing.
@@ -113,7 +128,9 @@ class GradientBalancer(Balancer):
         super().__init__(tasks, sync=sync, process_group=process_group)
         self.update_every = integer(update_every, "update_every", 1)
         self.probe_scale = ProbeScale(len(self.tasks))
-        self._in_half: bool | None = None  # whether float16 lies in the graphs; looked up at the first probe
+        self._in_half = False  # whether float16 lies in the graphs; looked up now and then until it is found
+        self._probes = 0
+        self._discovered: list[Tensor] = []  # by the last call that had all tasks, for calls that have some
         self.delivery = one_of(delivery, "delivery", ("auto", "direct", "weighted_sum"))
 
     def measures_now(self) -> bool:
@@ -123,9 +140,17 @@ class GradientBalancer(Balancer):
     def _train_call(self, call: Call) -> Tensor:
         if call.shared_params is None and call.model is None:
             raise missing_shared(self.get_name())
-        _require_dynamic_ddp(call.model)
+        if self.calls == 0:
+            _refuse_static_graph(call)
         if isinstance(call.shared_params, Iterator):  # it may be read twice
             call = replace(call, shared_params=list(call.shared_params))
+        if (
+            call.shared_params is None
+            and len(call.losses) == 1
+            and call.ranks is None
+            and not self._discovered
+        ):
+            return super()._train_call(call)  # one task and nothing known to be shared: nothing to balance
         if not self.measures_now():
             if self.calls == 0:
                 self._check_shared(call)
@@ -161,12 +186,18 @@ class GradientBalancer(Balancer):
             return list_shared(call.shared_params)
         assert call.model is not None
         losses = {self.tasks[index]: loss for index, loss in call.losses.items()}
-        if len(losses) < len(self.tasks) and (call.ranks is not None or len(losses) < 2):
+        if len(losses) == len(self.tasks):
+            self._discovered = discover_shared(losses, call.model)
+        elif not self._discovered and call.ranks is not None:
             raise SharedParametersError(
-                f"only {', '.join(map(repr, losses))} has a loss in this call, so what the tasks share cannot be "
-                "discovered from model=; pass shared_params"
+                f"only {', '.join(map(repr, losses))} has a loss in this call of this rank, so what the tasks share "
+                "cannot be discovered from model= alike on all ranks; pass shared_params"
             )
-        return discover_shared(losses, call.model) if len(losses) > 1 else list_shared(call.model)
+        return list_shared(self._discovered) if self._discovered else discover_shared(losses, call.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model's parameters out of copies and pickles of the balancer."""
+        return super().__getstate__() | {"_discovered": []}  # type: ignore[no-untyped-call,no-any-return]
 
     def _check_shared(self, call: Call) -> None:
         """Find at the first call what would otherwise only show when gradients are first measured."""
@@ -182,6 +213,8 @@ class GradientBalancer(Balancer):
             return by_weighted_sum
         losses = list(call.losses.values())
         reach = trace(losses, shared)
+        if reach.opaque and not self.scale_heads:
+            raise hidden_heads("pass scale_heads=True")
         if self.delivery == "auto" and reach.several and not come_for_free(reach.several, losses, shared):
             return by_weighted_sum
         own = dict(zip(call.losses, reach.own, strict=True))
@@ -198,12 +231,15 @@ class GradientBalancer(Balancer):
         of_own: dict[int, Gradients] = {}
         scales_K = self._scales(call, plan.shared)
         last = next(reversed(call.losses))
+        kept = [(tensor, tensor.grad) for tensor in plan.shared if tensor.retains_grad and not tensor.is_leaf]
         for index, loss in call.losses.items():
             keep_graph = call.retain_graph or not plan.direct or index != last
             scaled = loss if scales_K is None else loss * scales_K[index]
             gradients = task_gradients(scaled, [*columns, *plan.own[index]], retain_graph=keep_graph)
             require_related(self.tasks[index], gradients, plan.shared)
             rows[index], of_own[index] = gradients[: len(columns)], gradients[len(columns) :]
+        for tensor, grad in kept:
+            tensor.grad = grad  # retain_grad() means the gradient of backward(), not of the probes
         averaged = [False] * len(columns)
         if call.ranks is not None and call.counts_K is not None and self.sync == "gradients":
             leaves = [column for column, tensor in enumerate(plan.shared) if tensor.is_leaf]
@@ -221,11 +257,12 @@ class GradientBalancer(Balancer):
     def _scales(self, call: Call, shared: list[Tensor]) -> Tensor | None:
         """Return the scales to probe with where float16 is in play, else None."""
         device_type = call.losses_K.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            self._in_half = self._in_half or torch.get_autocast_dtype(device_type) == torch.float16
-        if self._in_half is None:
+        if not self._in_half and self._probes % _HALF_CHECK_EVERY == 0:
             in_shared = any(tensor.dtype == torch.float16 for tensor in shared)
             self._in_half = in_shared or casts_to_half(call.losses.values())
+        self._probes += 1
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            self._in_half = self._in_half or torch.get_autocast_dtype(device_type) == torch.float16
         return self.probe_scale.scales(call.signals.losses_K) if self._in_half else None
 
     def _norms(self, call: Call, probe: Probe) -> Tensor:
@@ -266,22 +303,26 @@ class GradientBalancer(Balancer):
     def _unscaled_heads(self, call: Call) -> Tensor:
         """Return a zero whose backward pass adds (1 − w_k)·∂L_k to each head, to make up for the weighted sum."""
         shared = self._shared(call)
-        own = trace(list(call.losses.values()), shared).own
+        reach = trace(list(call.losses.values()), shared)
+        if reach.opaque:
+            raise hidden_heads("pass scale_heads=True")
         scales_K = self._scales(call, shared)
         if scales_K is None:
             scales_K = torch.ones_like(self.applied_weights)
         missing_K = call.local_weights(1.0 - self.applied_weights) / scales_K
         total = GradientSum()
-        for (index, loss), leaves in zip(call.losses.items(), own, strict=True):
+        for (index, loss), leaves in zip(call.losses.items(), reach.own, strict=True):
             if leaves:
-                gradients = task_gradients(loss * scales_K[index], leaves, retain_graph=True)
+                with without_hooks(leaves):  # they run once, when this is handed over
+                    gradients = task_gradients(loss * scales_K[index], leaves, retain_graph=True)
                 total.add(leaves, gradients, missing_K[index])
         return total.deliver(torch.zeros_like(call.losses_K[0]), keep=call.retain_graph)
 
 
-def _require_dynamic_ddp(model: nn.Module | None) -> None:
+def _refuse_static_graph(call: Call) -> None:
     """Raise for DDP with a static graph, whose ranks would drift: a probe outside its forward goes unseen."""
-    if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+    wrapped = isinstance(call.model, nn.parallel.DistributedDataParallel) and call.model.static_graph
+    if wrapped or has_static_graph(call.losses.values()):
         raise SharedParametersError(
             "DistributedDataParallel(static_graph=True) does not see gradients probed outside its forward pass, so "
             "ranks would drift apart; build it with static_graph=False"

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtlbalance.balancers.base import Call, Reads, Sync, share_budget
+from mtlbalance.balancers.base import Call, Reads, Sync, share_of_present
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer, Probe
 from mtlbalance.balancers.signals import Signals, gram_matrix
+from mtlbalance.errors import BalancerError
 
 Array = NDArray[np.float64]
 
@@ -34,7 +35,7 @@ class GramianBalancer(GradientBalancer):
     of the other weights, which only its head sees.
     Absent tasks: the problem is solved for the present ones; a single one has weight 1.
 
-    State: ``solved_weights`` (K,), those of the last measurement, and the base's.
+    State: ``solved_weights`` (K,), those of the last measurement, ``solved_present``, and the base's.
 
     Cost: K trunk passes, K copies of the trunk's gradients, and one copy of K×K numbers to the host a measured
     call.
@@ -45,6 +46,7 @@ class GramianBalancer(GradientBalancer):
     copies_to_host: ClassVar[bool] = True
 
     solved_weights: Tensor
+    solved_present: Tensor
     grad_norms: Tensor
 
     def __init__(
@@ -62,6 +64,7 @@ class GramianBalancer(GradientBalancer):
         )
         self.scale_heads = bool(scale_heads)
         self.register_buffer("solved_weights", torch.full((len(self.tasks),), 1.0 / len(self.tasks)))
+        self.register_buffer("solved_present", torch.ones(len(self.tasks), dtype=torch.bool))
         self.register_buffer("grad_norms", torch.full((len(self.tasks),), torch.nan))
 
     @abstractmethod
@@ -73,7 +76,12 @@ class GramianBalancer(GradientBalancer):
         if signals.gramian_KK is not None and bool(signals.finite):
             present = signals.present_K.cpu().numpy()
             weights = self._solve_present(present, signals.gramian_KK, signals.losses_K)
+            if not np.isfinite(weights).all():
+                raise BalancerError(
+                    f"{self.get_name()} found no finite weights for the Gramian\n{signals.gramian_KK.cpu().numpy()}"
+                )
             solved_K = torch.from_numpy(weights).to(self.solved_weights)
+            self.solved_present.copy_(signals.present_K)
             self.solved_weights.copy_(torch.where(signals.present_K, solved_K, self.solved_weights))
             norms_K = signals.gramian_KK.diagonal().sqrt().to(self.grad_norms)
             self.grad_norms.copy_(torch.where(signals.present_K, norms_K, self.grad_norms))
@@ -95,10 +103,17 @@ class GramianBalancer(GradientBalancer):
         return weights
 
     def current_weights(self, present_K: Tensor) -> Tensor:
-        """Return the last solved weights of the present tasks; if some are absent, they share the sum of all."""
-        shared_K = share_budget(self.solved_weights, present_K)
-        uniform_K = present_K / present_K.sum()
-        return torch.where(shared_K.any(), shared_K, uniform_K)
+        """Return the last solved weights, as they are if the same tasks are present.
+
+        For other tasks than were solved for: 1 for a single one; else the weights that they have, none of them
+        negative, sharing 1 where the method's weights sum to 1.
+        """
+        positive_K = self.solved_weights.clamp(min=0.0)
+        kept_K = share_of_present(positive_K, present_K) if self.weight_sum == "1" else positive_K * present_K
+        alone = present_K.sum() == 1
+        same = (present_K == self.solved_present).all()
+        others_K = torch.where(alone, present_K.to(kept_K.dtype), kept_K)
+        return torch.where(same, self.solved_weights * present_K, others_K)
 
     def _read(self, call: Call, probe: Probe) -> Signals:
         device, count = call.losses_K.device, len(self.tasks)

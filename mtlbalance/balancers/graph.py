@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 Node: TypeAlias = Any  # the C++ nodes of autograd have no common Python base
 Edge: TypeAlias = tuple[Node, int]
 
+# Nodes that hand each output's gradient to the input of the same number. DistributedDataParallel and module
+# hooks put one around all outputs of a module; taken as a whole, every task would seem to reach every head.
 _PASS_THROUGH = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
+# Nodes that truly mix all outputs of a model with all its parameters, heads included.
+_OPAQUE = ("CompiledFunctionBackward", "BroadcastBackward")
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,45 @@ class Reach:
     Args:
         own: for each loss, the leaves that no other loss reaches (its head, its criterion).
         several: the other leaves, those that two or more losses reach.
+        opaque: whether some of ``several`` hang on a node that hides who reaches them (a compiled model).
     """
 
     own: list[list[Tensor]]
     several: list[Tensor]
+    opaque: bool
+
+
+@dataclass
+class Walk:
+    """Nodes reached from some edges, and the stopping edges that were met on the way."""
+
+    stops: frozenset[Edge] = frozenset()
+    nodes: set[Node] = field(default_factory=set)
+    met: set[Edge] = field(default_factory=set)
+
+    def down(self, edges: Iterable[Edge]) -> Walk:
+        """Go down from ``edges`` as far as the stops allow."""
+        pending = list(self.enter(edges))
+        while pending:
+            node = pending.pop()
+            if node not in self.nodes:
+                self.nodes.add(node)
+                pending.extend(self.enter(node.next_functions))
+        return self
+
+    def enter(self, edges: Iterable[Edge]) -> Iterator[Node]:
+        """Yield the nodes that the edges lead to, beyond nodes that only pass gradients on."""
+        for edge in edges:
+            while edge not in self.stops and type(edge[0]).__name__ in _PASS_THROUGH:
+                edge = edge[0].next_functions[edge[1]]
+            if edge in self.stops:
+                self.met.add(edge)
+            elif edge[0] is not None:
+                yield edge[0]
+
+    def leaves(self) -> list[Tensor]:
+        """Return the leaves among the nodes."""
+        return [leaf for node in self.nodes if (leaf := _leaf(node)) is not None]
 
 
 def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
@@ -34,79 +73,41 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
     Each node is visited at most twice, whatever the number of losses: once by the first loss that
     reaches it, and once more if it lies below a node where two losses meet.
     """
-    stops = _edges_of(shared)
+    walk = Walk(_edges_of(shared))
     first_by: dict[Node, int] = {}
-    meetings: list[Node] = []
+    meetings: set[Node] = set()
     for index, loss in enumerate(losses):
-        pending = _roots(loss, stops)
+        pending = list(walk.enter([_edge(loss)]))
         while pending:
             node = pending.pop()
             if node in first_by:
                 if first_by[node] != index:
-                    meetings.append(node)
+                    meetings.add(node)
                 continue
             first_by[node] = index
-            pending.extend(_next_nodes(node, stops))
+            pending.extend(walk.enter(node.next_functions))
+    below = Walk(walk.stops)
+    below.nodes |= meetings
+    below.down(edge for node in meetings for edge in node.next_functions)
     shared_ids = {id(tensor) for tensor in shared}
-    several = {id(leaf): leaf for leaf in leaves_below(meetings, stops) if id(leaf) not in shared_ids}
+    several = {id(leaf): leaf for leaf in below.leaves() if id(leaf) not in shared_ids}
     own: list[list[Tensor]] = [[] for _ in losses]
     for node, index in first_by.items():
-        leaf = getattr(node, "variable", None)
+        leaf = _leaf(node)
         if leaf is not None and id(leaf) not in shared_ids and id(leaf) not in several:
             own[index].append(leaf)
     for index, loss in enumerate(losses):
         if loss.is_leaf and loss.requires_grad and id(loss) not in shared_ids:
             own[index].append(loss)  # a loss that is itself a parameter
-    return Reach(own, list(several.values()))
+    opaque = bool(several) and any(type(node).__name__ in _OPAQUE for node in below.nodes)
+    return Reach(own, list(several.values()), opaque)
 
 
-def leaves_below(nodes: Iterable[Node], stops: frozenset[Edge] = frozenset()) -> list[Tensor]:
-    """Return the leaves reached from ``nodes`` without crossing an edge in ``stops``."""
-    leaves: list[Tensor] = []
-    for node in nodes_below(nodes, stops):
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves.append(leaf)
-    return leaves
-
-
-def nodes_below(nodes: Iterable[Node], stops: frozenset[Edge] = frozenset()) -> set[Node]:
-    """Return ``nodes`` and every node reached from them without crossing an edge in ``stops``."""
-    seen: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(_next_nodes(node, stops))
-    return seen
-
-
-def _edges_of(tensors: Iterable[Tensor]) -> frozenset[Edge]:
-    return frozenset((tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None)
-
-
-def _roots(loss: Tensor, stops: frozenset[Edge]) -> list[Node]:
-    edge = _through((loss.grad_fn, loss.output_nr), stops)
-    return [] if edge[0] is None or edge in stops else [edge[0]]
-
-
-def _next_nodes(node: Node, stops: frozenset[Edge]) -> Iterator[Node]:
-    for edge in node.next_functions:
-        followed = _through(edge, stops)
-        if followed[0] is not None and followed not in stops:
-            yield followed[0]
-
-
-def _through(edge: Edge, stops: frozenset[Edge]) -> Edge:
-    """Follow an edge through nodes that hand each output's gradient to the input of the same number.
-
-    DistributedDataParallel and module hooks put such a node around all outputs of a module; taken as a
-    whole, every task would seem to reach every head.
-    """
-    while edge not in stops and type(edge[0]).__name__ in _PASS_THROUGH:
-        edge = edge[0].next_functions[edge[1]]
-    return edge
+def reaches(loss: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Return whether ``loss`` depends on at least one of ``tensors``."""
+    wanted = {id(tensor) for tensor in tensors}
+    walk = Walk(_edges_of(tensors)).down([_edge(loss)])
+    return bool(walk.met) or id(loss) in wanted or any(id(leaf) in wanted for leaf in walk.leaves())
 
 
 def come_for_free(leaves: Sequence[Tensor], losses: Sequence[Tensor], shared: Sequence[Tensor]) -> bool:
@@ -116,43 +117,25 @@ def come_for_free(leaves: Sequence[Tensor], losses: Sequence[Tensor], shared: Se
     would otherwise not enter. Leaves that are no parameters, such as inputs that require a gradient, hang
     below the first layer and are taken as free.
     """
-    stops = _edges_of(shared)
-    nodes = nodes_below([node for loss in losses for node in _roots(loss, stops)], stops)
+    walk = Walk(_edges_of(shared)).down(_edge(loss) for loss in losses)
     users: dict[Node, list[Node]] = {}
-    for node in nodes:
-        for below in _next_nodes(node, frozenset()):
-            users.setdefault(below, []).append(node)
-    shared_ids = {id(tensor) for tensor in shared}
-    pending = [node for node in nodes if id(getattr(node, "variable", None)) in shared_ids]
-    pending += [node for node in nodes if any(_through(edge, stops) in stops for edge in node.next_functions)]
     run: set[Node] = set()
+    shared_ids = {id(tensor) for tensor in shared}
+    pending = [node for node in walk.nodes if id(_leaf(node)) in shared_ids]
+    for node in walk.nodes:
+        step = Walk(walk.stops)
+        for below in step.enter(node.next_functions):
+            users.setdefault(below, []).append(node)
+        if step.met:
+            pending.append(node)
     while pending:
         node = pending.pop()
         if node not in run:
             run.add(node)
             pending.extend(users.get(node, []))
     wanted = {id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter)}
-    ends = [node for node in nodes if id(getattr(node, "variable", None)) in wanted]
+    ends = [node for node in walk.nodes if id(_leaf(node)) in wanted]
     return all(user in run for node in ends for user in users.get(node, []))
-
-
-def reaches(loss: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Return whether ``loss`` depends on at least one of ``tensors``."""
-    wanted = {id(tensor) for tensor in tensors if tensor.is_leaf}
-    nodes = nodes_below(_roots(loss, frozenset()))
-    below = any(tensor.grad_fn in nodes for tensor in tensors if tensor.grad_fn is not None)
-    return below or id(loss) in wanted or any(id(leaf) in wanted for leaf in leaves_below(nodes))
-
-
-def casts_to_half(losses: Iterable[Tensor]) -> bool:
-    """Return whether float16 values lie between the losses and their leaves, as under autocast."""
-    nodes = nodes_below([node for loss in losses for node in _roots(loss, frozenset())])
-    return any(
-        metadata.dtype == torch.float16
-        for node in nodes
-        if type(node).__name__ == "ToCopyBackward0"
-        for metadata in node._input_metadata
-    )
 
 
 def obstacle_to_direct_delivery(shared: Sequence[Tensor], others: Sequence[Tensor]) -> str:
@@ -169,12 +152,59 @@ def obstacle_to_direct_delivery(shared: Sequence[Tensor], others: Sequence[Tenso
     representations = [tensor for tensor in shared if tensor.grad_fn is not None]
     if not representations:
         return ""
-    trunk = nodes_below(
-        node for tensor in representations for node in _next_nodes(tensor.grad_fn, frozenset())
+    trunk = Walk(_edges_of(representations)).down(
+        edge for tensor in representations for edge in _edges_below(_edge(tensor))
     )
-    if any(tensor.grad_fn in trunk for tensor in representations):
+    if trunk.met:
         return "one of the representations in shared_params is computed from another"
-    below = {id(leaf) for leaf in leaves_below(trunk)}
+    below = {id(leaf) for leaf in trunk.leaves()}
     if any(id(tensor) in below for tensor in (*shared, *others)):
         return "a parameter is used both before and after the representations in shared_params"
     return ""
+
+
+def casts_to_half(losses: Iterable[Tensor]) -> bool:
+    """Return whether float16 values lie between the losses and their leaves, as under autocast."""
+    nodes = Walk().down(_edge(loss) for loss in losses).nodes
+    return any(metadata.dtype == torch.float16 for node in nodes for metadata in node._input_metadata)
+
+
+def has_static_graph(losses: Iterable[Tensor]) -> bool:
+    """Return whether a loss comes out of ``DistributedDataParallel(static_graph=True)``."""
+    seen: set[Node] = set()
+    pending = [loss.grad_fn for loss in losses]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "_DDPSinkBackward":
+            module: Any = getattr(node, "ddp_weakref", lambda: None)()
+            if getattr(module, "static_graph", False):
+                return True
+        pending.extend(below for below, _ in node.next_functions)
+    return False
+
+
+def _edge(tensor: Tensor) -> Edge:
+    return (tensor.grad_fn, tensor.output_nr)
+
+
+def _edges_of(tensors: Iterable[Tensor]) -> frozenset[Edge]:
+    return frozenset(_edge(tensor) for tensor in tensors if tensor.grad_fn is not None)
+
+
+def _edges_below(edge: Edge) -> Sequence[Edge]:
+    node, number = edge
+    if type(node).__name__ in _PASS_THROUGH:
+        return [node.next_functions[number]]
+    below: Sequence[Edge] = node.next_functions
+    return below
+
+
+def _leaf(node: Node) -> Tensor | None:
+    """Return the leaf that a node accumulates into, unless it was frozen after the forward pass."""
+    if type(node).__name__ != "AccumulateGrad":
+        return None
+    leaf: Tensor = node.variable
+    return leaf if leaf.requires_grad else None

@@ -77,5 +77,6 @@ class MGDALoss(GramianBalancer):
             "loss": np.abs(losses),
             "loss+": np.abs(losses) * norms,
         }
-        scale = np.maximum(size[self.normalise], np.finfo(np.float64).tiny)
+        chosen = size[self.normalise]
+        scale = np.maximum(chosen, 1e-12 * chosen.max(initial=1e-300))
         return simplex_qp(gramian / np.outer(scale, scale), np.zeros(len(losses)))

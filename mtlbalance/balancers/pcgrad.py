@@ -71,7 +71,7 @@ class PCGradLoss(GramianBalancer):
         count = len(gramian)
         coefficients = np.eye(count)
         for k in range(count):
-            for j in torch.randperm(count, generator=self.generator).tolist():
+            for j in torch.randperm(count, generator=self.generator, device="cpu").tolist():
                 dot = float(coefficients[k] @ gramian[:, j])
                 if j != k and dot < 0:
                     coefficients[k, j] -= dot / gramian[j, j]

@@ -7,19 +7,31 @@ gradients of a loss of 1e-5 would be exactly zero in float16, and read as a task
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mtlbalance.balancers.state import FullPrecision
 
 INITIAL_EXPONENT = 12.0
+# Of the whole scale: a loss that happens to be near 0 says little about its gradient.
 LARGEST_EXPONENT = 24.0
 GROWTH_INTERVAL = 200  # finite probes before the scale doubles
 BACKOFF = 4.0  # an overflow costs a step, so few of them should find the right scale
 
 
-class ProbeScale(nn.Module):
+def half_scale(losses: Tensor, exponent: Tensor | float = INITIAL_EXPONENT) -> Tensor:
+    """Return 2^exponent over the power of two in each loss, for a graph with float16 in it."""
+    size = losses.detach().float().abs()
+    known = torch.isfinite(size) & (size > 0)
+    power = torch.where(known, torch.where(known, size, 1.0).log2().floor(), 0.0)
+    return torch.exp2((exponent - power).clamp(-60.0, LARGEST_EXPONENT))
+
+
+class ProbeScale(FullPrecision):
     """One power of two a task: 2^(adaptive exponent), divided by the size of the loss.
 
     Dividing by the loss's own power of two starts losses of 1e-6 and 1e6 alike; the exponent then grows
-    while probes stay finite and falls where one overflows. Powers of two are exact, so results do not depend on it.
+    while probes stay finite and falls where one overflows. Powers of two are exact, so results
+    depend on it only where float16 itself runs out.
 
     State: ``exponents`` and ``finite_probes``, each (K,).
     """
@@ -34,10 +46,7 @@ class ProbeScale(nn.Module):
 
     def scales(self, losses_K: Tensor) -> Tensor:
         """Return the (K,) scales for losses of this size (the same on all ranks if the losses are)."""
-        size_K = losses_K.float().abs()
-        known_K = torch.isfinite(size_K) & (size_K > 0)
-        power_K = torch.where(known_K, torch.where(known_K, size_K, 1.0).log2().floor(), 0.0)
-        return torch.exp2(self.exponents - power_K.clamp(-60.0, 60.0))
+        return half_scale(losses_K, self.exponents)
 
     def update(self, probed_K: Tensor, overflowed_K: Tensor) -> None:
         """Note which of the tasks that were probed on finite losses overflowed all the same."""

@@ -32,8 +32,10 @@ class Ranks:
 
     def mean_losses(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return the losses averaged over the ranks that have the task, and the number of those ranks."""
-        packed = self.sum(torch.stack([losses_K, present_K.to(losses_K.dtype)]))
-        return packed[0] / packed[1].clamp(min=1.0), packed[1]
+        # One dtype on all ranks, whichever tasks, and so dtypes, this one has.
+        packed = self.sum(torch.stack([losses_K, present_K]).double())
+        mean_K = (packed[0] / packed[1].clamp(min=1.0)).to(losses_K.dtype)
+        return mean_K, packed[1].to(losses_K.dtype)
 
     def mean_gradients(
         self, gradients: Mapping[int, Gradients], tensors: Sequence[Tensor], counts_K: Tensor

@@ -28,7 +28,7 @@ class _RandomWeights(Balancer):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Draw for every task, present or not, so that ranks and devices keep in step; use it where finite."""
-        drawn_K = torch.randn(len(self.tasks), generator=self.generator)
+        drawn_K = torch.randn(len(self.tasks), generator=self.generator, device="cpu")
         drawn_K = drawn_K.to(self.logits.device, non_blocking=True)
         self.logits.copy_(torch.where(signals.present_K & signals.finite, drawn_K, self.logits))
         return self.current_weights(signals.present_K)

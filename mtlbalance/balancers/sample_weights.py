@@ -66,6 +66,12 @@ class FailureWeighting(Balancer):
                 f"{self.get_name()} needs the targets of task {task!r}: "
                 f"call it with targets={{{task!r}: y}}, y of shape (B,)"
             )
+        if targets[task].shape != losses[task].shape:
+            raise InvalidArgumentError(
+                f"{self.get_name()} weights each sample of task {task!r} by its target, so its loss (computed with "
+                f"reduction='none') and its targets must both have shape (B,); they have {tuple(losses[task].shape)} "
+                f"and {tuple(targets[task].shape)}"
+            )
         weight = failure_weights(targets[task], self.target_cap, self.max_weight)
         if task in given:
             weight = weight.to(given[task].device) * given[task].detach()

@@ -58,7 +58,10 @@ def list_shared(shared_params: Any) -> list[Tensor]:
 
 def discover_shared(losses: Mapping[str, Tensor], model: nn.Module) -> list[Tensor]:
     """Return the parameters of ``model`` that at least two of the losses reach, in the model's order."""
-    several = {id(leaf) for leaf in trace(list(losses.values())).several}
+    reach = trace(list(losses.values()))
+    if reach.opaque:
+        raise hidden_heads("pass shared_params")
+    several = {id(leaf) for leaf in reach.several}
     found: list[Tensor] = [parameter for parameter in model.parameters() if id(parameter) in several]
     if not found:
         raise SharedParametersError(
@@ -71,6 +74,14 @@ def missing_shared(method: str) -> SharedParametersError:
     """The error for a gradient-reading balancer that was called without anything to read."""
     return SharedParametersError(
         f"{method} reads gradients, so its call needs shared_params; {_WHAT_TO_PASS}"
+    )
+
+
+def hidden_heads(way_out: str) -> SharedParametersError:
+    """The error for a graph that does not show which parameters belong to one task alone."""
+    return SharedParametersError(
+        "the model is compiled (or replicated) as a whole, which hides which parameters belong to one task alone; "
+        f"compile the trunk and the heads each for itself, or {way_out}"
     )
 
 

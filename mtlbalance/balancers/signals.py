@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtlbalance.balancers.graph import casts_to_half
 from mtlbalance.balancers.losses import name_losses, reduce_losses
+from mtlbalance.balancers.probe_scale import half_scale
 from mtlbalance.balancers.shared import list_shared, unrelated_shared
 from mtlbalance.errors import InvalidArgumentError
 
@@ -43,6 +46,19 @@ def task_gradients(loss: Tensor, tensors: Sequence[Tensor], *, retain_graph: boo
     return list(torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True))
 
 
+@contextmanager
+def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Differentiate without running the hooks that were registered on ``leaves``."""
+    kept = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, items in kept:
+            hooks.update(items)
+
+
 def gradient_norm(gradients: Gradients, device: torch.device) -> Tensor:
     """Return the joint L2 norm as a 0-d tensor of at least float32 on ``device``, without a host sync."""
     dense = [_values(gradient) for gradient in gradients if gradient is not None]
@@ -55,23 +71,25 @@ def gradient_norm(gradients: Gradients, device: torch.device) -> Tensor:
 
 
 def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
-    """Return the (K, K) inner products of K tasks' gradients, of at least float32, without a host sync.
+    """Return the (K, K) inner products of K tasks' gradients, without a host sync.
 
     ``rows`` has one list of gradients a task over the same tensors; None counts as zero. An empty row is a
-    task without any gradient.
+    task without any gradient. Products are summed in float64 where the device has it: what float32 rounds
+    off in a singular Gramian would be inverted as if it were signal.
     """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     count = len(rows)
     width = max((len(row) for row in rows), default=0)
-    total = torch.zeros(count, count, device=device)
+    total = torch.zeros(count, count, dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):  # a product of gradients must not lose precision
         for position in range(width):
             column = [row[position] if row else None for row in rows]
             found = [gradient for gradient in column if gradient is not None]
             if not found:
                 continue
-            dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
-            zero = torch.zeros(found[0].numel(), dtype=dtype, device=found[0].device)
-            stacked = torch.stack([zero if g is None else g.to_dense().reshape(-1).to(dtype) for g in column])
+            dense = [None if g is None else _real(g.to_dense()).reshape(-1).to(dtype) for g in column]
+            zero = torch.zeros_like(next(g for g in dense if g is not None))
+            stacked = torch.stack([zero if g is None else g for g in dense])
             total = total + (stacked @ stacked.T).to(device)
     return total
 
@@ -110,13 +128,15 @@ def task_gradient_norms(
     """
     shared = list_shared(shared_params)
     reduced = reduce_losses(name_losses((losses,), tuple(losses)), {})
+    in_half = any(tensor.dtype == torch.float16 for tensor in shared) or casts_to_half(reduced.values())
     norms: dict[str, Tensor] = {}
     for position, (task, loss) in enumerate(reduced.items()):
         require_differentiable(task, loss)
         retain = retain_graph or position + 1 < len(reduced)
-        gradients = task_gradients(loss, shared, retain_graph=retain)
+        scale = half_scale(loss) if in_half else torch.ones((), device=loss.device)
+        gradients = task_gradients(loss * scale, shared, retain_graph=retain)
         require_related(task, gradients, shared)
-        norms[task] = gradient_norm(gradients, loss.device)
+        norms[task] = gradient_norm(gradients, loss.device) / scale
     return norms
 
 
@@ -135,5 +155,10 @@ def require_related(task: str, gradients: Gradients, shared: Sequence[Tensor]) -
         raise unrelated_shared(task, shared)
 
 
+def _real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
 def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    """Return the numbers that count for a norm: of a sparse gradient its values, of a complex one both parts."""
+    return _real(gradient.coalesce().values() if gradient.is_sparse else gradient)

@@ -207,7 +207,7 @@ def test_cagrad_options():
 
 @pytest.mark.parametrize("cls", GRAMIAN_METHODS)
 def test_permuting_tasks_permutes_weights(cls):
-    if cls is PCGradLoss:
+    if cls is PCGradLoss:  # noqa: SIM108
         jacobian = random_jacobian(1, 2, 6)  # for more tasks the order of projections is drawn
     else:
         jacobian = random_jacobian(1, 4, 6)

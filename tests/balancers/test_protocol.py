@@ -173,7 +173,7 @@ def test_absent_tasks_have_weight_zero_and_the_others_share_the_budget(method, f
     assert all(gradients[id(parameter)] is None for parameter in p.heads["b"].parameters())
     assert gradients[id(p.heads["a"].weight)] is not None
     for name, before in state.items():
-        if name not in ("applied_weights", "task_names", "generator") and before.shape[:1] == (3,):
+        if name != "applied_weights" and before.is_floating_point() and before.shape[:1] == (3,):
             torch.testing.assert_close(
                 balancer.state_dict()[name][1:], before[1:], rtol=0.0, atol=0.0, equal_nan=True
             )

@@ -141,6 +141,10 @@ def test_a_static_graph_is_refused(problem, tmp_path):
         model = DistributedDataParallel(nn.ModuleList([p.trunk, p.heads]), static_graph=True)
         with pytest.raises(SharedParametersError, match="static_graph=False"):
             p.call(GABALoss(("a", "b")), model=model)
+        wrapped = DistributedDataParallel(p.trunk, static_graph=True)  # and where the wrapper is not passed
+        losses = p.per_sample(wrapped(p.inputs))
+        with pytest.raises(SharedParametersError, match="static_graph=False"):
+            GABALoss(("a", "b"))(losses, shared_params=p.trunk)
     finally:
         torch.distributed.destroy_process_group()
 
