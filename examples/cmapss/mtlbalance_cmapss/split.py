@@ -9,9 +9,9 @@ import numpy as np
 from .config import MULTI_CONDITION_SUBSETS, Subset
 from .files import Floats, Trajectories
 
-# Shortest history and range of remaining lives among NASA's test engines, to round figures.
-MIN_HISTORY_CYCLES = 20
-MIN_RUL_CYCLES = 6
+# A cut leaves at least this share of the life on record, and at most so much life to come: about the longest
+# that NASA's test engines have.
+MIN_FLOWN_SHARE = 0.2
 MAX_RUL_CYCLES = 145
 MAX_RUL_CYCLES_MULTI_CONDITION = 195
 
@@ -34,13 +34,21 @@ class EngineSplit:
 def draw_rul_at_cut(lives_cycles: Floats, subset: Subset, rng: np.random.Generator) -> Floats:
     """Draw how much life is left where each engine is cut.
 
-    Uniform over the range seen in NASA's test files, but at least 20 cycles of history stay where
-    the life allows it. This gives the test sets' lean towards shorter remaining lives.
+    Uniform over the last four fifths of an engine's life, from one cycle left up to the subset's longest. The
+    draws are stratified: each of N engines gets its own one of N equal slices of the law, in random order, so
+    that a few engines cover it too and no seed is off by chance. Lives below 2 cycles give 0.
+
+    Args:
+        lives_cycles: (N,) how long each engine flew.
+        subset: decides the longest life left.
+        rng: shuffles the slices and draws within them.
     """
     longest = MAX_RUL_CYCLES_MULTI_CONDITION if subset in MULTI_CONDITION_SUBSETS else MAX_RUL_CYCLES
-    high = np.clip(lives_cycles - MIN_HISTORY_CYCLES, 0, longest)
-    low = np.minimum(MIN_RUL_CYCLES, high)
-    return np.floor(low + (high - low + 1) * rng.random(len(lives_cycles)))
+    high = np.minimum(np.floor((1 - MIN_FLOWN_SHARE) * lives_cycles), longest)
+    low = np.minimum(1, high)
+    num_engines = len(lives_cycles)
+    share = (rng.permutation(num_engines) + rng.random(num_engines)) / num_engines
+    return np.floor(low + (high - low + 1) * share)
 
 
 def split_engines(train: Trajectories, subset: Subset, fraction: float, seed: int) -> EngineSplit:
@@ -58,8 +66,8 @@ def split_engines(train: Trajectories, subset: Subset, fraction: float, seed: in
     num_held_out = min(max(1, round(fraction * num_engines)), num_engines - 1)
     is_held_out = np.zeros(num_engines, dtype=bool)
     is_held_out[rng.permutation(num_engines)[:num_held_out]] = True
-    # Drawn for every engine, so that an engine's cut does not depend on which others are held out.
-    rul_at_cut = draw_rul_at_cut(lengths.astype(np.float64), subset, rng)
+    rul_at_cut = np.zeros(num_engines)
+    rul_at_cut[is_held_out] = draw_rul_at_cut(lengths[is_held_out].astype(np.float64), subset, rng)
     engine_of_row = np.repeat(np.arange(num_engines), lengths)
     before_cut = train.cycle <= (lengths - rul_at_cut)[engine_of_row]
     held_out_row = is_held_out[engine_of_row]
