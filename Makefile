@@ -18,7 +18,7 @@ PYTEST_ARGS  ?=
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal benchmarks
+TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal benchmarks docs
 
 .PHONY: help run test lint bench clean
 .DEFAULT_GOAL := help

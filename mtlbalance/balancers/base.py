@@ -20,6 +20,7 @@ from mtlbalance.balancers.state import TaskState
 from mtlbalance.errors import NonFiniteWarning
 
 Sync = Literal["gradients", "norms", "none"]
+WeightSum = Literal["1", "K", "given", "free"]
 Reads = Literal["nothing", "losses", "gradient norms", "gramian", "jacobian"]
 
 
@@ -81,7 +82,7 @@ class Balancer(TaskState, ABC):
 
     method: ClassVar[str] = "Balancer"
     reads: ClassVar[Reads] = "losses"
-    weight_sum: ClassVar[Literal["1", "K", "free"]] = "1"  # the sum of the weights of the present tasks
+    weight_sum: ClassVar[WeightSum] = "1"  # the sum of the weights of the present tasks
     copies_to_host: ClassVar[bool] = False  # whether a training call waits for the device
     unusable: ClassVar[str] = "a loss or a task gradient was NaN or infinite"  # what keeps the state as it is
     scale_heads: bool = True  # whether the parameters of one task alone get w_k·∂L_k, or ∂L_k

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Balancer, Sync
+from mtlbalance.balancers.base import Balancer, Sync, WeightSum
 from mtlbalance.balancers.checks import integer, real
 from mtlbalance.balancers.signals import Signals
 
@@ -57,7 +57,7 @@ class DWALoss(Balancer):
     """
 
     method: ClassVar[str] = "DWA"
-    weight_sum: ClassVar[Literal["1", "K", "free"]] = "K"
+    weight_sum: ClassVar[WeightSum] = "K"
     _counters: ClassVar[tuple[str, ...]] = ("calls", "calls_in_epoch")
 
     epoch_means: Tensor

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Balancer, Reads, Sync, share_budget
+from mtlbalance.balancers.base import Balancer, Reads, Sync, WeightSum, share_budget
 from mtlbalance.balancers.checks import task_weights
 
 
@@ -43,6 +43,7 @@ class FixedWeightLoss(Balancer):
 
     method: ClassVar[str] = "Fixed"
     reads: ClassVar[Reads] = "nothing"
+    weight_sum: ClassVar[WeightSum] = "given"
 
     fixed_weights: Tensor
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Sync, share_budget
+from mtlbalance.balancers.base import Sync, WeightSum, share_budget
 from mtlbalance.balancers.checks import real
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
 from mtlbalance.balancers.signals import Signals
@@ -66,7 +66,7 @@ class GradNormLoss(GradientBalancer):
     """
 
     method: ClassVar[str] = "GradNorm"
-    weight_sum: ClassVar[Literal["1", "K", "free"]] = "K"
+    weight_sum: ClassVar[WeightSum] = "K"
 
     task_weights: Tensor
     initial_losses: Tensor

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtlbalance.balancers.base import Call, Reads, Sync, share_of_present
+from mtlbalance.balancers.base import Call, Reads, Sync, WeightSum, share_of_present
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer, Probe
 from mtlbalance.balancers.signals import Signals, gram_matrix
 from mtlbalance.errors import BalancerError
@@ -42,7 +42,7 @@ class GramianBalancer(GradientBalancer):
     """
 
     reads: ClassVar[Reads] = "gramian"
-    weight_sum: ClassVar[Literal["1", "K", "free"]] = "free"
+    weight_sum: ClassVar[WeightSum] = "free"
     copies_to_host: ClassVar[bool] = True
 
     solved_weights: Tensor

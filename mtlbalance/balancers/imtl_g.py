@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
-from mtlbalance.balancers.base import Sync
+from mtlbalance.balancers.base import Sync, WeightSum
 from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer
 
@@ -40,7 +40,7 @@ class IMTLGLoss(GramianBalancer):
     """
 
     method: ClassVar[str] = "IMTL-G"
-    weight_sum: ClassVar[Literal["1", "K", "free"]] = "1"
+    weight_sum: ClassVar[WeightSum] = "1"
 
     def __init__(
         self,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Balancer, Call, Sync
+from mtlbalance.balancers.base import Balancer, Call, Sync, WeightSum
 from mtlbalance.balancers.delivery import weighted_sum
 from mtlbalance.balancers.signals import Signals
 
@@ -32,7 +32,7 @@ class ObjectiveBalancer(Balancer):
     Cost: one backward pass, and a few operations on K numbers. No host sync.
     """
 
-    weight_sum: ClassVar[Literal["1", "K", "free"]] = "free"
+    weight_sum: ClassVar[WeightSum] = "free"
     unusable: ClassVar[str] = "a loss was NaN or infinite, or outside the domain of the method's objective"
 
     last_weights: Tensor

@@ -1,0 +1,32 @@
+"""What can be said of a method in one row of a table, read off an instance and never written by hand."""
+
+from __future__ import annotations
+
+from mtlbalance.balancers.base import Balancer
+from mtlbalance.balancers.gradient_balancer import GradientBalancer
+
+_OF_EVERY_BALANCER = {"applied_weights", "nonfinite_calls", "solved_present"}
+
+
+def method_facts(balancer: Balancer) -> dict[str, str]:
+    """Return what a method reads, costs and keeps, by the column of a table.
+
+    ``passes`` are backward passes through the trunk in a step that measures, for K tasks; ``memory`` is what a
+    step holds beyond the plain sum's, in copies of the trunk's gradients; ``sum`` is what the applied weights
+    sum to.
+    """
+    probes = isinstance(balancer, GradientBalancer)
+    state = [name for name, _ in balancer.named_buffers(recurse=False) if name not in _OF_EVERY_BALANCER]
+    if balancer.generator is not None:
+        state.append("generator")
+    learned = [name for name, _ in balancer.named_parameters(recurse=False)]
+    return {
+        "reads": balancer.reads,
+        "passes": "K" if probes else "1",
+        "memory": "K" if probes else "0",
+        "state": ", ".join(state) or "none",
+        "learned": ", ".join(learned) or "none",
+        "heads": "weighted" if balancer.scale_heads else "own gradient",
+        "sum": {"free": "not fixed", "given": "as given"}.get(balancer.weight_sum, balancer.weight_sum),
+        "host": "K×K numbers a measured step" if balancer.copies_to_host else "nothing",
+    }
