@@ -138,3 +138,11 @@ def test_window_counts_of_nasa_files(
     assert data.facts["train_windows"] == train_windows
     assert data.facts["comparable_with_published"] is True
     assert data.train.inputs.isfinite().all()  # type: ignore[attr-defined]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("protocol", "comparable"), [("honest", True), ("window-split", False)])
+def test_a_leak_is_never_comparable(nasa_folder: Path, protocol: str, comparable: bool) -> None:
+    data = build(CmapssConfig.model_validate({"data_dir": nasa_folder, "protocol": protocol}))
+    assert data.facts["official_files"] is True
+    assert data.facts["comparable_with_published"] is comparable

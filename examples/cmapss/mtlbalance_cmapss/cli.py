@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,14 +79,24 @@ def simulate(
 @app.command()
 def compare(run: Annotated[Path, typer.Argument(help="a run's folder, or its results.json")]) -> None:
     """Put a finished run beside the study's figures, or say why that would mislead."""
-    from .published import compare_with_published
+    from .published import ComparisonError, compare_with_published
 
     path = run / "results.json" if run.is_dir() else run
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a run's results: {error}") from error
-    comparison = compare_with_published(results)
+    config_path = path.with_name("config.resolved.toml")
+    config: dict[str, Any] | None = None
+    if config_path.exists():
+        try:
+            config = tomllib.loads(config_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{config_path}: cannot be read as a run's config: {error}") from error
+    try:
+        comparison = compare_with_published(results, config)
+    except ComparisonError as error:
+        raise ComparisonError(f"{path}: {error}") from error
     typer.echo(f"{comparison.subset}, {comparison.method}")
     for metric, measured in comparison.measured.items():
         line = f"  {metric}: {measured:.2f}"
@@ -94,8 +105,9 @@ def compare(run: Annotated[Path, typer.Argument(help="a run's folder, or its res
                 spread = "" if figure.std is None else f" ± {figure.std:g}"
                 line += f", {label} {figure.mean:g}{spread}"
         typer.echo(line)
+    typer.echo("What is not alike:")
     for difference in comparison.differences:
-        typer.echo(f"  {difference}")
+        typer.echo(f"- {difference}")
 
 
 def run_cli() -> None:
@@ -105,3 +117,7 @@ def run_cli() -> None:
     except MtlBalanceError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    run_cli()

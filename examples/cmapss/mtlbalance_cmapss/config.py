@@ -15,6 +15,7 @@ PadMode: TypeAlias = Literal["short", "all"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
+STUDY_RUL_CAP = 125.0  # cycles; published figures are for labels with this cap
 SUBSETS: tuple[Subset, ...] = ("FD001", "FD002", "FD003", "FD004")
 MULTI_CONDITION_SUBSETS: tuple[Subset, ...] = ("FD002", "FD004")
 
@@ -37,7 +38,12 @@ class CmapssConfig(PluginConfig):
         None, description="folder of the NASA files; else MTLBALANCE_CMAPSS_DIR, else the cache folder"
     )
     window: int = Field(30, ge=1, le=1000, description="cycles in one window")
-    rul_cap: float = Field(125.0, gt=0, description="training labels never exceed this many cycles")
+    rul_cap: float = Field(
+        STUDY_RUL_CAP,
+        gt=0,
+        description="training labels never exceed this many cycles; "
+        "target_cap of amnl and grace is the same quantity: change both together",
+    )
     cap_test_labels: bool = Field(True, description="cap the test (and validation) labels too")
     health_thresholds: tuple[float, ...] = Field(
         (80.0, 30.0),

@@ -15,7 +15,7 @@ from mtlbalance.errors import DataError
 from mtlbalance.slots import InputSpec, MultiTaskData
 
 from .checksums import differing_files
-from .config import CmapssConfig, tasks_of
+from .config import STUDY_RUL_CAP, CmapssConfig, tasks_of
 from .files import Floats, SubsetData, Trajectories, read_subset
 from .locate import find_nasa_files
 from .metrics import evaluate
@@ -92,9 +92,13 @@ def build(config: CmapssConfig) -> MultiTaskData:
             "protocol": config.protocol,
             "data_source": source.data_source,
             "official_files": source.official,
-            "comparable_with_published": source.official and config.cap_test_labels and config.rul_cap == 125,
+            "comparable_with_published": source.official
+            and config.protocol != "window-split"
+            and config.cap_test_labels
+            and config.rul_cap == STUDY_RUL_CAP,
             "cap_test_labels": config.cap_test_labels,
             "rul_cap": config.rul_cap,
+            "window": config.window,
             "pad": config.pad,
             "per_condition": config.scales_per_condition,
             "train_windows": len(train_set),

@@ -8,9 +8,8 @@ from typing import Any
 
 from mtlbalance.errors import MtlBalanceError
 
-from .config import Subset
-
-STUDY_RUL_CAP = 125.0
+from .config import STUDY_RUL_CAP, SUBSETS, Subset
+from .differences import AMNL_ROW, BASELINE, differences_from_study
 
 
 class ComparisonError(MtlBalanceError):
@@ -31,9 +30,9 @@ class Comparison:
 
     Args:
         subset: for example ``"FD002"``.
-        method: the balancer's name in configs.
+        method: the balancer's full name, such as ``GABA`` or ``AMNL(normalised)``.
         measured: ``rmse_last`` and ``nasa_score`` of the run.
-        published: the study's figures for the same method, by metric; empty where it gives none.
+        published: the study's figures for the same form of the method, by metric; empty where it gives none.
         literature: the best figures published by others, by metric.
         differences: what is not alike, in sentences.
     """
@@ -47,33 +46,34 @@ class Comparison:
 
 
 # Five seeds each, labels capped at 125, the best epoch picked on the test set. Only figures that the
-# study prints; where it prints none there is none here. `fixed` is its 0.5 / 0.5 baseline.
+# study prints; where it prints none there is none here. A row is a balancer's name in configs, and of
+# balancers with several forms the full name.
 STUDY_RMSE_LAST: Mapping[tuple[str, Subset], Published] = {
-    ("fixed", "FD001"): Published(10.08, 1.71),
+    (BASELINE, "FD001"): Published(10.08, 1.71),
     ("dwa", "FD001"): Published(10.58, 1.66),
     ("gradnorm", "FD001"): Published(9.38, 1.53),
     ("uncertainty", "FD001"): Published(9.15, 0.42),
-    ("amnl", "FD001"): Published(10.43, 1.94),
+    (AMNL_ROW, "FD001"): Published(10.43, 1.94),
     ("gaba", "FD001"): Published(9.63, 1.90),
     ("grace", "FD001"): Published(9.14, 1.39),
     ("gradnorm", "FD002"): Published(8.19, 0.78),
-    ("amnl", "FD002"): Published(6.74, 0.91),
+    (AMNL_ROW, "FD002"): Published(6.74, 0.91),
     ("gaba", "FD002"): Published(7.53, 0.65),
     ("grace", "FD002"): Published(7.72),
-    ("fixed", "FD003"): Published(11.53),
-    ("amnl", "FD003"): Published(9.51, 1.74),
+    (BASELINE, "FD003"): Published(11.53),
+    (AMNL_ROW, "FD003"): Published(9.51, 1.74),
     ("grace", "FD003"): Published(13.12),
-    ("amnl", "FD004"): Published(8.16, 2.17),
+    (AMNL_ROW, "FD004"): Published(8.16, 2.17),
 }
 STUDY_NASA_SCORE: Mapping[tuple[str, Subset], Published] = {
-    ("fixed", "FD001"): Published(143.2, 48.4),
+    (BASELINE, "FD001"): Published(143.2, 48.4),
     ("dwa", "FD001"): Published(146.1, 40.3),
     ("gradnorm", "FD001"): Published(127.6, 44.3),
     ("uncertainty", "FD001"): Published(115.4, 4.7),
-    ("amnl", "FD001"): Published(434.4, 239.8),
+    (AMNL_ROW, "FD001"): Published(434.4, 239.8),
     ("gaba", "FD001"): Published(130.4, 41.8),
     ("grace", "FD001"): Published(121.4, 36.8),
-    ("fixed", "FD002"): Published(224.5),
+    (BASELINE, "FD002"): Published(224.5),
     ("dwa", "FD002"): Published(234.4),
     ("gradnorm", "FD002"): Published(260.9, 36.1),
     ("uncertainty", "FD002"): Published(224.4),
@@ -90,19 +90,18 @@ LITERATURE_RMSE_LAST: Mapping[Subset, Published] = {
 LITERATURE_NASA_SCORE: Mapping[Subset, Published] = {"FD002": Published(498.0)}
 
 
-def compare_with_published(results: Mapping[str, Any]) -> Comparison:
-    """Put a run beside the study's figures for the same subset and method.
+def compare_with_published(results: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Comparison:
+    """Put a run beside the study's figures for the same subset and form of the method.
 
     Args:
         results: the content of a run's ``results.json``.
+        config: the content of its ``config.resolved.toml``; without it, options are not compared.
 
     Raises:
-        ComparisonError: the run is on simulated or altered data, or its test labels are not the
-            study's, so that the figures would mislead; or it is not a C-MAPSS run at all.
+        ComparisonError: the run is on simulated or altered data, its test labels are not the study's, or
+            its protocol leaks, so that the figures would mislead; or it is not a C-MAPSS run at all.
     """
-    facts = results.get("facts", {})
-    if results.get("dataset") != "cmapss" or "subset" not in facts:
-        raise ComparisonError("these are not the results of a run on the dataset 'cmapss'")
+    facts = _facts_of(results)
     if results.get("data_source") != "nasa":
         raise ComparisonError(
             "this run was made on a simulated fleet; it says nothing about NASA's engines and must not be "
@@ -119,37 +118,39 @@ def compare_with_published(results: Mapping[str, Any]) -> Comparison:
             f"cap_test_labels = {str(bool(facts.get('cap_test_labels'))).lower()} and rul_cap = "
             f"{facts.get('rul_cap')}; a perfect predictor limited to 125 has an RMSE of 18.3 on uncapped FD002"
         )
-    protocol = results.get("protocol")
-    if protocol == "window-split":
+    if "window-split" in (results.get("protocol"), facts.get("protocol")):
         raise ComparisonError(
             "protocol = 'window-split' is a demonstration of a leak, not a result to compare"
         )
     subset, method = facts["subset"], str(results.get("method"))
+    name = str(results.get("method_name", method))
+    row = name if method in ("amnl", "fixed") else method
     return Comparison(
         subset=subset,
-        method=method,
-        measured={name: float(results["metrics"][name]) for name in ("rmse_last", "nasa_score")},
-        published=_figures(STUDY_RMSE_LAST.get((method, subset)), STUDY_NASA_SCORE.get((method, subset))),
+        method=name,
+        measured={metric: _measured(results, metric) for metric in ("rmse_last", "nasa_score")},
+        published=_figures(STUDY_RMSE_LAST.get((row, subset)), STUDY_NASA_SCORE.get((row, subset))),
         literature=_figures(LITERATURE_RMSE_LAST.get(subset), LITERATURE_NASA_SCORE.get(subset)),
-        differences=_differences(results, facts),
+        differences=differences_from_study(results, config),
     )
+
+
+def _facts_of(results: object) -> Mapping[str, Any]:
+    if isinstance(results, Mapping) and results.get("dataset") == "cmapss":
+        facts = results.get("facts")
+        if isinstance(facts, Mapping) and facts.get("subset") in SUBSETS:
+            return facts
+    raise ComparisonError("these are not the results of a run on the dataset 'cmapss'")
+
+
+def _measured(results: Mapping[str, Any], metric: str) -> float:
+    metrics = results.get("metrics")
+    value = metrics.get(metric) if isinstance(metrics, Mapping) else None
+    if not isinstance(value, int | float):
+        raise ComparisonError(f"the run has no number for {metric!r} among its metrics")
+    return float(value)
 
 
 def _figures(rmse_last: Published | None, nasa_score: Published | None) -> dict[str, Published]:
     figures = {"rmse_last": rmse_last, "nasa_score": nasa_score}
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def _differences(results: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, ...]:
-    differences = ["This is one run; the study's figures are means over five seeds."]
-    if results.get("protocol") == "honest":
-        differences.append(
-            "The study picks its best epoch on the test set. This run picked it on held-out training engines "
-            f"({facts.get('validation_engines')} of them) and trained on fewer, so it is a stricter figure."
-        )
-    if facts.get("pad") != "all":
-        differences.append("The study pads every row (pad = 'all'); this run pads short engines only.")
-    name = str(results.get("method_name", ""))
-    if results.get("method") == "fixed" and name.startswith("Fixed(") and name != "Fixed(0.50/0.50)":
-        differences.append(f"The study's baseline has weights 0.50/0.50; this run has {name}.")
-    return tuple(differences)
