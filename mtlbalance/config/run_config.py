@@ -23,6 +23,18 @@ from mtlbalance.slots import TaskSpec
 if TYPE_CHECKING:
     from mtlbalance.plugins.manager import PluginRegistry
 
+_FREE_KEYS = frozenset(
+    {
+        "plugins",
+        "run.name",
+        "run.output_dir",
+        "run.device",
+        "training.eval_batch_size",
+        "training.gradient_stats_every",
+        "training.num_workers",
+    }
+)
+
 Registered = TypeVar("Registered", bound=Registration, covariant=True)
 
 
@@ -106,7 +118,8 @@ class RunConfig:
     def free_keys(self) -> frozenset[str]:
         """Return the dotted keys that do not decide the result.
 
-        The run's name, folder and device, the plugins' paths, and what a plugin declares to be places.
+        The run's name, folder and device, how data is loaded and measured, the plugins' paths, and what a
+        plugin declares to be places.
         """
         slots: dict[str, PluginConfig] = {
             "dataset": self.dataset.options,
@@ -114,11 +127,20 @@ class RunConfig:
             "balancer": self.balancer.options,
         }
         places = {f"{slot}.{key}" for slot, options in slots.items() for key in options.places}
-        return frozenset({"plugins", "run.name", "run.output_dir", "run.device"} | places)
+        return _FREE_KEYS | places
 
-    def result_hash(self) -> str:
-        """Return the SHA-256 of ``result_dict``: equal for runs that must give the same result."""
-        canonical = json.dumps(self.result_dict(), sort_keys=True, separators=(",", ":"))
+    def result_hash(self, data_source: str = "", protocol: str = "") -> str:
+        """Return the SHA-256 of what decides the result: equal for runs that must give the same result.
+
+        That is ``result_dict`` and, once the data has been found, what it is: one config may read other data
+        where other files lie.
+
+        Args:
+            data_source: as the dataset's build says it.
+            protocol: as the dataset's build says it.
+        """
+        decides = {"config": self.result_dict(), "data_source": data_source, "protocol": protocol}
+        canonical = json.dumps(decides, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

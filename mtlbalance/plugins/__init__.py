@@ -2,7 +2,7 @@
 
 from mtlbalance.plugins.hookspecs import hookimpl
 from mtlbalance.plugins.manager import BrokenPlugin, PluginRegistry, PluginRow, PluginWarning, load_plugins
-from mtlbalance.plugins.references import import_reference, resolve_build
+from mtlbalance.plugins.references import build_plugin, import_reference, resolve_build
 from mtlbalance.plugins.registrations import (
     BackboneRegistration,
     BalancerRegistration,
@@ -31,6 +31,7 @@ __all__ = [
     "Registration",
     "Slot",
     "TaskSpec",
+    "build_plugin",
     "hookimpl",
     "import_reference",
     "load_plugins",

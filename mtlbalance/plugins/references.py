@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mtlbalance.errors import PluginError, did_you_mean
+from mtlbalance.errors import MtlBalanceError, PluginError, did_you_mean
+from mtlbalance.plugins.importing import describe_failure
 
 if TYPE_CHECKING:
     from mtlbalance.plugins.registrations import Registration
@@ -54,3 +55,23 @@ def resolve_build(registration: Registration) -> Callable[..., Any]:
             f"{registration.slot} {registration.name!r} cannot be built: {registration.build!r} is not callable"
         )
     return build  # type: ignore[no-any-return]
+
+
+def build_plugin(registration: Registration, *arguments: Any) -> Any:
+    """Call a registration's ``build``.
+
+    Raises:
+        PluginError: it fails; the text names the slot, the plugin, and the file and line.
+        MtlBalanceError: what the plugin itself raises to tell the user.
+    """
+    build = resolve_build(registration)
+    try:
+        return build(*arguments)
+    except MtlBalanceError:
+        raise
+    except Exception as error:
+        reason, place = describe_failure(error, getattr(build, "__module__", ""))
+        at = f" (at {place})" if place else ""
+        raise PluginError(
+            f"{registration.slot} {registration.name!r} cannot be built: {reason}{at}"
+        ) from error

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from mtlbalance.errors import RunFolderError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let what the system refuses, a full disk for example, name the file that was being written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path}: {error.strerror or error}; what was written before is intact"
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path``: temporary file in the same folder, fsync, rename, fsync of the folder."""
+    """Replace ``path``: temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        RunFolderError: the system refuses; ``path`` is as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -36,13 +36,14 @@ class Checkpoints:
 
     def save(self, state: RunState, *, is_best: bool) -> None:
         """Write the checkpoint of ``state.epoch``, then remove those that are no longer needed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic.writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         sums: dict[str, str] = {}
         if state.best.epoch is not None:
             best = self.best_path(state.best.epoch)
             if is_best:
                 atomic.write_bytes(best, weights_bytes(state.ema.module))
-            sums[best.name] = _sha256(best.read_bytes())
+            sums[best.name] = _sha256(self.best_weights(state.best.epoch))
         buffer = io.BytesIO()
         torch.save(state.state_dict(), buffer)
         name = f"epoch_{state.epoch:05d}"
@@ -51,11 +52,24 @@ class Checkpoints:
         atomic.write_bytes(self.folder / f"{name}.pt", content)
         manifest = {"epoch": state.epoch, "step": state.step, "sha256": sums}
         atomic.write_text(self.folder / f"{name}.json", json.dumps(manifest, indent=2) + "\n")
-        self._prune()
+        with atomic.writing(self.folder):
+            self._prune()
 
     def best_path(self, epoch: int) -> Path:
         """Return where the weights of the best epoch lie."""
         return self.folder / f"best_{epoch:05d}.safetensors"
+
+    def best_weights(self, epoch: int) -> bytes:
+        """Return the weights of the best epoch.
+
+        Raises:
+            RunFolderError: they cannot be read.
+        """
+        path = self.best_path(epoch)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RunFolderError(f"cannot read {path}: {error.strerror or error}") from error
 
     def latest(self) -> dict[str, Any] | None:
         """Return the newest sound checkpoint's content, or None if there is no checkpoint.
@@ -86,10 +100,11 @@ class Checkpoints:
 
     def discard_after(self, epoch: int) -> None:
         """Remove the checkpoints of later epochs, damaged ones, before they are trained again."""
-        for manifest in self._manifests():
-            if _epoch_of(manifest) > epoch:
-                manifest.unlink(missing_ok=True)
-                manifest.with_suffix(".pt").unlink(missing_ok=True)
+        with atomic.writing(self.folder):
+            for manifest in self._manifests():
+                if _epoch_of(manifest) > epoch:
+                    manifest.unlink(missing_ok=True)
+                    manifest.with_suffix(".pt").unlink(missing_ok=True)
 
     def _manifests(self) -> list[Path]:
         """Return the manifests, newest first."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +83,7 @@ def score(data: MultiTaskData, predictions: Predictions) -> dict[str, float]:
     metrics = task_metrics(data.tasks, predictions.predictions, predictions.targets)
     if data.evaluate is not None:
         extra = data.evaluate(predictions.predictions, predictions.targets, predictions.meta)
-        metrics |= {name: float(value) for name, value in extra.items()}
+        metrics |= {name: _plain_number(value) for name, value in extra.items()}
     taken = [name for name in metrics if is_training_column(name)]
     if taken:
         raise PluginError(
@@ -92,6 +94,11 @@ def score(data: MultiTaskData, predictions: Predictions) -> dict[str, float]:
             f"the key metric {data.key_metric!r} is not computed; there are: {', '.join(metrics) or 'no metrics'}"
         )
     return metrics
+
+
+def _plain_number(value: Any) -> float:
+    """Return a whole count as an int, so that files show ``259`` and not ``259.0``."""
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _concatenate(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from mtlbalance.errors import PluginError, TrainingError, did_you_mean
+from mtlbalance.errors import DataError, PluginError, TrainingError, did_you_mean
 from mtlbalance.plugins.references import import_reference
 from mtlbalance.slots import PerSampleLoss, TaskSpec
 
@@ -76,6 +76,8 @@ class TaskLosses:
                 continue
             try:
                 values = loss(predictions[name], targets[name])
+            except IndexError as error:  # a class that the head does not have
+                raise DataError(f"a target of task {name!r} cannot be used: {error}") from error
             except ValueError as error:
                 raise TrainingError(f"the loss of task {name!r} failed: {error}") from error
             if values.shape != targets[name].shape[:1]:

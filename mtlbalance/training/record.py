@@ -19,11 +19,11 @@ _TRAINING_COLUMNS = {"epoch", "step", "lr", "weight_decay", "train_loss", "secon
 
 
 class CsvTable:
-    """A CSV file that grows by a row an epoch; None is an empty field, floats keep all their digits.
+    """A CSV file that grows by a row an epoch; None and NaN are empty fields, floats keep all their digits.
 
     Args:
         path: the file.
-        rows: those that are known already; the file is cut back to them.
+        rows: those that are known already; the file is cut back to them, and not there without any.
     """
 
     def __init__(self, path: Path, rows: Sequence[Row]) -> None:
@@ -35,7 +35,8 @@ class CsvTable:
                 path, _lines([self._columns, *([row[c] for c in self._columns] for row in rows)])
             )
         else:
-            atomic.write_text(path, "")
+            with atomic.writing(path):
+                path.unlink(missing_ok=True)
 
     def append(self, row: Row) -> None:
         """Add a row at the end; the first one brings the header."""
@@ -43,7 +44,7 @@ class CsvTable:
         if not self._columns:
             self._columns = list(row)
             text = _lines([self._columns])
-        with self._path.open("a", encoding="utf-8", newline="") as file:
+        with atomic.writing(self._path), self._path.open("a", encoding="utf-8", newline="") as file:
             file.write(text + _lines([[row[column] for column in self._columns]]))
 
 
@@ -56,7 +57,7 @@ class EventLog:
     def write(self, event: str, **details: Any) -> None:
         """Add an event."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event} | details
-        with self._path.open("a", encoding="utf-8") as file:
+        with atomic.writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict_json(line), default=str) + "\n")
 
 
@@ -83,5 +84,8 @@ def strict_json(value: Any) -> Any:
 
 def _lines(rows: Sequence[Sequence[Any]]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    shown = [
+        [None if isinstance(field, float) and math.isnan(field) else field for field in row] for row in rows
+    ]
+    csv.writer(buffer, lineterminator="\n").writerows(shown)
     return buffer.getvalue()

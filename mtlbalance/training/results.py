@@ -45,7 +45,7 @@ def write_results(
         raise TrainingError(
             f"the key metric {data.key_metric!r} was NaN in every epoch, so no epoch is the best; see metrics.csv"
         )
-    best_weights = Checkpoints(run_dir / "checkpoints").best_path(state.best.epoch).read_bytes()
+    best_weights = Checkpoints(run_dir / "checkpoints").best_weights(state.best.epoch)
     atomic.write_bytes(run_dir / "model.safetensors", best_weights)
     watched_best, watched_final = (
         {name: value for name, value in state.metrics[epoch].items() if not is_training_column(name)}
@@ -93,7 +93,7 @@ def write_results(
         "notices": list(data.notices),
         "precision": config.training.precision,
         "device": device.type,
-        "config_hash": config.result_hash(),
+        "config_hash": config.result_hash(data.data_source, data.protocol),
         "wall_seconds": state.wall_seconds + time.perf_counter() - started,
     }
     results = strict_json(results)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from mtlbalance.balancers.base import Balancer
-from mtlbalance.errors import DataError, MtlBalanceError
-from mtlbalance.plugins.references import resolve_build
+from mtlbalance.errors import MtlBalanceError, RunFolderError
+from mtlbalance.plugins.references import build_plugin
 from mtlbalance.slots import MultiTaskData
 from mtlbalance.training import atomic
 from mtlbalance.training.batches import ShuffleOrder, count_samples, training_batches
 from mtlbalance.training.checkpoints import Checkpoints
+from mtlbalance.training.data import build_data
 from mtlbalance.training.devices import resolve_device
 from mtlbalance.training.early_stopping import BestEpoch, EarlyStopping
 from mtlbalance.training.environment import describe_environment
 from mtlbalance.training.evaluation import weight_ema
-from mtlbalance.training.metrics import check_metrics
+from mtlbalance.training.fingerprint import fingerprint
 from mtlbalance.training.model import build_model
 from mtlbalance.training.observers import Observers
 from mtlbalance.training.progress import ProgressReport, RunShape, make_progress
@@ -35,12 +33,11 @@ from mtlbalance.training.run_folder import RunFolder, open_run_folder
 from mtlbalance.training.schedules import plateau_schedule
 from mtlbalance.training.seeding import reproducible, seed_everything
 from mtlbalance.training.state import RunState
+from mtlbalance.training.stopping import stops_on_signals
 from mtlbalance.training.trainer import Trainer, make_optimizer
 
 if TYPE_CHECKING:
     from mtlbalance.config import RunConfig
-
-_PREEMPTED_EXIT_CODE = 75
 
 
 @dataclass(frozen=True)
@@ -66,24 +63,28 @@ def run_training(
     Args:
         config: a checked config.
         out: the run's folder; default ``{output_dir}/{name}/seed_{seed}``.
-        fresh: set an existing folder aside (``<folder>.old-1``, never deleted) and start again.
+        fresh: set an existing run aside (``<folder>.old-1``, never deleted) and start again.
         quiet: show no progress.
 
     Raises:
-        RunFolderError: the folder is in use, cannot be written, or holds a run of another config.
+        RunFolderError: the folder is in use, cannot be written, or holds a run of another config or other data.
         DeviceError: ``run.device`` does not exist here.
         DataError, PluginError: the data or a plugin cannot be used.
         TrainingError: training failed, for example on a NaN loss; earlier checkpoints are intact.
     """
     run_dir = out if out is not None else default_run_dir(config)
-    with open_run_folder(run_dir) as folder:
-        if not fresh:
+    with stops_on_signals(), open_run_folder(run_dir) as folder:
+        results = None
+        if fresh:
+            folder.check_replaceable()
+        else:
             folder.check_config(config.to_toml(), free_keys=config.free_keys())
             results = folder.read_results()
+        with reproducible(config.run.seed, deterministic=config.run.deterministic):
             if results is not None:
+                folder.check_data(fingerprint(build_data(config)))
                 return RunOutcome(run_dir, results, "already-finished")
-        device = resolve_device(config.run.device)
-        with reproducible(config.run.seed, deterministic=config.run.deterministic), _sigterm_exits():
+            device = resolve_device(config.run.device)
             return _train(config, folder, device, fresh=fresh, progress=make_progress(quiet=quiet))
 
 
@@ -95,7 +96,10 @@ def default_run_dir(config: RunConfig) -> Path:
 def _train(
     config: RunConfig, folder: RunFolder, device: torch.device, *, fresh: bool, progress: ProgressReport
 ) -> RunOutcome:
-    data = _build_data(config)
+    data = build_data(config)
+    described = fingerprint(data)
+    if not fresh:
+        folder.check_data(described)
     # Reading data may draw random numbers or not (a warm cache does not); the model must not depend on it.
     seed_everything(config.run.seed)
     state = _build_state(config, data, device)
@@ -105,7 +109,7 @@ def _train(
     if fresh and (old := folder.set_aside()) is not None:
         progress.notice(f"the old run was set aside as {old}")
     log = EventLog(run_dir / "log.jsonl")
-    resumed = _resume(folder, config, state, device, log)
+    resumed = _resume(folder, config, described, state, device, log)
     observers = Observers(config.registry.hook, log)
     observers.notify("on_run_start", run_dir=run_dir, config=config.to_dict())
     for notice in data.notices:
@@ -127,10 +131,12 @@ def _train(
     try:
         stopped = trainer.fit(run_dir, progress, observers)
     except (KeyboardInterrupt, SystemExit) as interruption:
-        log.write("interrupted", by=type(interruption).__name__, last_finished_epoch=state.epoch)
+        with suppress(RunFolderError):
+            log.write("interrupted", by=type(interruption).__name__, last_finished_epoch=state.epoch)
         raise
     except MtlBalanceError as error:
-        log.write("failed", reason=str(error), last_finished_epoch=state.epoch)
+        with suppress(RunFolderError):  # what failed may be the disk
+            log.write("failed", reason=str(error), last_finished_epoch=state.epoch)
         raise
     finally:
         progress.stop()
@@ -140,29 +146,14 @@ def _train(
     return RunOutcome(run_dir, results, "finished")
 
 
-def _build_data(config: RunConfig) -> MultiTaskData:
-    data: MultiTaskData = resolve_build(config.dataset.registration)(config.dataset.options)
-    check_metrics(data.tasks)
-    count = count_samples(data.train, "training")
-    count_samples(data.test, "test")
-    if data.validation is not None:
-        count_samples(data.validation, "validation")
-    if config.training.drop_last and count < config.training.batch_size:
-        raise DataError(
-            f"the training set has {count} samples, less than one batch of {config.training.batch_size}, and "
-            "training.drop_last would drop it; lower training.batch_size"
-        )
-    return data
-
-
 def _build_state(config: RunConfig, data: MultiTaskData, device: torch.device) -> RunState:
     training = config.training
-    backbone: nn.Module = resolve_build(config.backbone.registration)(
-        config.backbone.options, data.inputs, data.tasks
+    backbone: nn.Module = build_plugin(
+        config.backbone.registration, config.backbone.options, data.inputs, data.tasks
     )
     # Built on the CPU and then moved, so that every device starts from the same weights.
     model = build_model(backbone, data.tasks, name=config.backbone.registration.name).to(device)
-    balancer: Balancer = resolve_build(config.balancer.registration)(config.balancer.options, data.tasks)
+    balancer: Balancer = build_plugin(config.balancer.registration, config.balancer.options, data.tasks)
     balancer = balancer.to(device)
     optimizer = make_optimizer(model, balancer, training)
     mode = data.key_metric_mode
@@ -185,35 +176,29 @@ def _build_state(config: RunConfig, data: MultiTaskData, device: torch.device) -
 
 
 def _resume(
-    folder: RunFolder, config: RunConfig, state: RunState, device: torch.device, log: EventLog
+    folder: RunFolder,
+    config: RunConfig,
+    described: dict[str, Any],
+    state: RunState,
+    device: torch.device,
+    log: EventLog,
 ) -> bool:
     """Load the last sound checkpoint into ``state``, or start the folder's files; return whether resumed."""
     checkpoints = Checkpoints(folder.path / "checkpoints")
     saved = checkpoints.latest()
     environment = describe_environment(device)
     if saved is None:
+        if (folder.path / "metrics.csv").exists():
+            lost = f"{folder.path} has finished epochs but no checkpoint, so the run starts again at epoch 0"
+            log.write("checkpoints_lost", reason=lost)
+            warnings.warn(lost, RuntimeWarning, stacklevel=2)
         atomic.write_text(folder.config_path, config.to_toml())
+        write_json(folder.data_path, described)
         write_json(folder.path / "environment.json", environment)
-        log.write("started", config_hash=config.result_hash(), device=environment["device"])
+        config_hash = config.result_hash(described["data_source"], described["protocol"])
+        log.write("started", config_hash=config_hash, device=environment["device"])
         return False
     state.load_state_dict(saved)
     checkpoints.discard_after(state.epoch)
     log.write("resumed", after_epoch=state.epoch, environment=environment)
     return True
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Let SIGTERM end the process with the exit code of a pre-empted run; the last checkpoint stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(_signal: int, _frame: FrameType | None) -> None:
-        raise SystemExit(_PREEMPTED_EXIT_CODE)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""The folder of a run: who may use it, and whether it belongs to this config."""
+"""The folder of a run: who may use it, and whether it belongs to this config and this data."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class RunFolder:
 
     path: Path
     _locks: list[FileLock] = field(default_factory=list)
+    _made: list[Path] = field(default_factory=list)
 
     @property
     def config_path(self) -> Path:
@@ -36,48 +37,69 @@ class RunFolder:
         """The results; that this file exists means that the run has finished."""
         return self.path / "results.json"
 
+    @property
+    def data_path(self) -> Path:
+        """The fingerprint of the data that the run started on."""
+        return self.path / "data.json"
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether something was trained: there is a checkpoint, or results."""
+        return self.results_path.exists() or any((self.path / "checkpoints").glob("epoch_*.json"))
+
     def read_results(self) -> dict[str, Any] | None:
         """Return the results of a finished run, or None."""
-        try:
-            content = json.loads(self.results_path.read_bytes())
-        except FileNotFoundError:
+        if not self.results_path.exists():
             return None
-        except ValueError as error:
-            raise RunFolderError(
-                f"{self.results_path} is not valid JSON ({error}); use --fresh to set this folder aside"
-            ) from error
-        return dict(content)
+        return self._read_json(self.results_path)
 
     def check_config(self, resolved_toml: str, *, free_keys: AbstractSet[str]) -> None:
         """Raise RunFolderError if the folder was made from another config, or is not a run's at all.
+
+        A run that failed before its first checkpoint has nothing to lose: any config may take its place.
 
         Args:
             resolved_toml: the config to run now.
             free_keys: dotted keys that may differ.
         """
-        if not self.config_path.exists():
-            foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name != _LOCK)
-            if foreign:
-                raise RunFolderError(
-                    f"{self.path} is not empty and not a run folder (it has {', '.join(foreign[:3])}); "
-                    "choose another folder with --out, or use --fresh to set it aside"
-                )
+        if not self.has_progress:
+            if self._entries() and not self.config_path.exists():
+                raise self._not_a_run()
             return
         try:
             before = tomllib.loads(self.config_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot read {self.config_path}: {error}; use --fresh") from error
-        changed = differing_keys(before, tomllib.loads(resolved_toml), free_keys)
-        if changed:
-            raise RunFolderError(
-                f"{self.path} holds a run of another config; these keys differ (there -> here):\n"
-                + "\n".join(f"  {line}" for line in changed)
-                + "\nchoose another run.name or --out, or use --fresh to set the old run aside"
-            )
+        self._refuse(differing_keys(before, tomllib.loads(resolved_toml), free_keys), "of another config")
+
+    def check_data(self, described: Mapping[str, Any]) -> None:
+        """Raise RunFolderError if what was trained here was trained on other data.
+
+        Args:
+            described: the ``fingerprint`` of the data to run on now.
+        """
+        if self.has_progress:
+            before = self._read_json(self.data_path)
+            self._refuse(differing_keys(before, described, frozenset()), "on other data")
+
+    def check_replaceable(self) -> None:
+        """Raise RunFolderError if the folder must not be set aside: it is no run's, or is stood in."""
+        if not self._entries():
+            return
+        if not any(
+            (self.path / name).exists() for name in ("config.resolved.toml", "results.json", "checkpoints")
+        ):
+            raise self._not_a_run()
+        folder = self.path.resolve()
+        for what, place in (("current folder", Path.cwd()), ("home folder", Path.home())):
+            if folder in (place.resolve(), *place.resolve().parents):
+                raise RunFolderError(
+                    f"{folder} is, or holds, the {what}, so it cannot be set aside; choose another --out"
+                )
 
     def set_aside(self) -> Path | None:
         """Rename the folder to ``<folder>.old-N`` and make an empty one; return the new name of the old one."""
-        if all(entry.name == _LOCK for entry in self.path.iterdir()):
+        if not self._entries():
             return None
         number = 1
         while (old := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
@@ -89,7 +111,33 @@ class RunFolder:
             raise RunFolderError(f"cannot set {self.path} aside as {old}: {error}") from error
         return old
 
+    def _entries(self) -> list[str]:
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name != _LOCK)
+
+    def _not_a_run(self) -> RunFolderError:
+        return RunFolderError(
+            f"{self.path} is not empty and not a run folder (it has {', '.join(self._entries()[:3])}); "
+            "choose another folder with --out"
+        )
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunFolderError(
+                f"cannot read {path}: {error}; use --fresh to set this folder aside"
+            ) from error
+
+    def _refuse(self, changed: list[str], what: str) -> None:
+        if changed:
+            raise RunFolderError(
+                f"{self.path} holds a run {what}; these keys differ (there -> here):\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nchoose another run.name or --out, or use --fresh to set the old run aside"
+            )
+
     def _lock(self) -> None:
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / _LOCK)
@@ -103,10 +151,11 @@ class RunFolder:
         self._locks.append(lock)
 
     def _release(self) -> None:
-        if self.path.is_dir() and all(entry.name == _LOCK for entry in self.path.iterdir()):
-            with contextlib.suppress(OSError):  # nothing came of this run: leave no empty folder behind
+        if not self.config_path.exists():  # nothing came of this run: leave no trace of it
+            with contextlib.suppress(OSError):
                 (self.path / _LOCK).unlink(missing_ok=True)
-                self.path.rmdir()
+                for folder in self._made:
+                    folder.rmdir()
         for lock in self._locks:
             lock.release()
 

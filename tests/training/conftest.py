@@ -58,6 +58,7 @@ def plugin(configure: Configure) -> Iterator[Any]:
     yield module
     module.interrupt_after = None
     module.observer_fails_in = ""
+    module.data_source, module.input_shift = "made-up", 0.0
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def test_a_run_leaves_every_file_of_the_contract(configure: Any, plugin: Any, re
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "config.resolved.toml", "environment.json", "metrics.csv", "gradient_stats.csv", "checkpoints",
-        "model.safetensors", "log.jsonl", "results.json",
+        "model.safetensors", "log.jsonl", "results.json", "data.json",
     }  # fmt: skip
     results = json.loads((folder / "results.json").read_text())
     assert results == outcome.results
@@ -36,10 +36,11 @@ def test_a_run_leaves_every_file_of_the_contract(configure: Any, plugin: Any, re
     assert required <= results.keys()
     assert (results["run"], results["dataset"], results["backbone"]) == ("trial", "pairs", "net")
     assert (results["method"], results["method_name"], results["seed"]) == ("gaba", "GABA", 3)
-    assert results["config_hash"] == config.result_hash()
+    assert results["config_hash"] == config.result_hash("made-up", "honest")
     assert results["facts"] == {"engines": 3}
     assert results["notices"] == ["these data are made up"]
     assert results["parameters"] == {"total": 92, "trainable": 92, "shared": 56, "heads": 36}
+    assert '"samples": 30,' in (folder / "results.json").read_text()  # a count stays a count
     assert results["metrics"].keys() == {
         "level_rmse", "level_mae", "level_r2", "kind_accuracy", "kind_f1", "samples", "in_order", "constant",
     }  # fmt: skip
@@ -100,7 +101,7 @@ def test_with_a_validation_set_the_test_set_is_read_once(configure: Any, plugin:
     config = configure("dataset.storage=items", "training.epochs=4", "training.lr=0.3")
     outcome = run_training(config, quiet=True)
     assert plugin.reads["test"] == 30
-    assert plugin.reads["validation"] == 4 * 24
+    assert plugin.reads["validation"] == 1 + 4 * 24  # one to see that its targets fit the tasks
     results = outcome.results
     assert results["metrics"]["samples"] == results["final_metrics"]["samples"] == 30
     assert results["validation_metrics"]["samples"] == 24
@@ -112,7 +113,7 @@ def test_without_one_the_test_set_is_watched(configure: Any, plugin: Any, read_c
     config = configure("dataset.storage=items", "dataset.validation=false", "training.epochs=3")
     outcome = run_training(config, quiet=True)
     rows = read_csv(outcome.run_dir / "metrics.csv")
-    assert plugin.reads["test"] == 3 * 30
+    assert plugin.reads["test"] == 1 + 3 * 30
     assert "validation_metrics" not in outcome.results
     best, last = rows[outcome.results["best_epoch"]], rows[-1]
     assert outcome.results["metrics"]["level_rmse"] == float(best["level_rmse"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mtlbalance.errors import RunFolderError
+from mtlbalance.errors import DeviceError, PluginError, RunFolderError
 from mtlbalance.training import run_training
 from mtlbalance.training.run_folder import open_run_folder
 
@@ -126,3 +128,116 @@ def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path: Path) -> Non
     with open_run_folder(tmp_path / "runs" / "one"):
         assert (tmp_path / "runs" / "one").is_dir()
     assert not (tmp_path / "runs" / "one").exists()
+
+
+@pytest.mark.parametrize("where", ["papers", ".", "papers/.."])
+def test_fresh_sets_only_runs_aside(
+    configure: Any, plugin: Any, tmp_path: Path, monkeypatch: Any, where: str
+) -> None:
+    config = configure()
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFolderError, match="not a run folder") as caught:
+        run_training(config, out=Path(where), fresh=True, quiet=True)
+    assert "--fresh" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["papers", "trial.toml"]
+
+
+@pytest.mark.parametrize("where", [".", "checkpoints/.."])
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_fresh_never_moves_the_folder_one_stands_in(
+    configure: Any, plugin: Any, tmp_path: Path, monkeypatch: Any, where: str, inside: str
+) -> None:
+    out = run_training(configure("training.epochs=1"), quiet=True).run_dir
+    monkeypatch.chdir(out / inside)
+    path = Path(where) if inside == "" else out
+    with pytest.raises(RunFolderError, match="the current folder, so it cannot be set aside"):
+        run_training(configure("training.epochs=1"), out=path, fresh=True, quiet=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(out))
+    with pytest.raises(RunFolderError, match="the home folder"):
+        run_training(configure("training.epochs=1"), out=out, fresh=True, quiet=True)
+    assert (out / "results.json").exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_room_for_a_corrected_config(
+    configure: Any, plugin: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(PluginError, match="levle"):
+        run_training(configure("dataset.key_metric=levle"), out=out, quiet=True)
+    assert not list(out.glob("*.csv"))
+    plugin.data_source = "other"  # nothing was trained, so the data may change as well
+    outcome = run_training(configure("training.lr=0.01"), out=out, quiet=True)
+    assert outcome.status == "finished"
+    assert "lr = 0.01" in (out / "config.resolved.toml").read_text()
+    assert json.loads((out / "data.json").read_text())["data_source"] == "other"
+
+
+def test_how_data_is_loaded_and_measured_may_change(configure: Any, plugin: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    plugin.interrupt_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(), out=out, quiet=True)
+    plugin.interrupt_after = None
+    options = ("training.num_workers=1", "training.eval_batch_size=7", "training.gradient_stats_every=2")
+    assert run_training(configure(*options), out=out, quiet=True).status == "finished"
+
+
+def test_lost_checkpoints_are_said(configure: Any, plugin: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    plugin.interrupt_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(), out=out, quiet=True)
+    plugin.interrupt_after = None
+    shutil.rmtree(out / "checkpoints")
+    with pytest.warns(RuntimeWarning, match="no checkpoint, so the run starts again at epoch 0"):
+        outcome = run_training(configure(), out=out, quiet=True)
+    assert outcome.results["epochs_run"] == 6
+    events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert events == ["started", "interrupted", "checkpoints_lost", "started", "finished"]
+
+
+def test_no_empty_folders_are_left_behind(configure: Any, plugin: Any, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for out in (tmp_path / "a" / "b" / "c", tmp_path / "kept"):
+        with pytest.raises(DeviceError):
+            run_training(configure("run.device=cuda:99"), out=out, quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "trial.toml"]
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_file_in_place_of_the_checkpoints(configure: Any, plugin: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.resolved.toml").write_text("")
+    (out / "checkpoints").write_text("")
+    with pytest.raises(RunFolderError, match=r"cannot write .*checkpoints: .*; what was written before"):
+        run_training(configure(), out=out, quiet=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits")
+def test_a_full_disk_names_the_file_and_the_run_goes_on_later(
+    configure: Any, plugin: Any, tmp_path: Path
+) -> None:
+    config = configure("training.epochs=40")
+    whole = run_training(config, out=tmp_path / "whole", quiet=True).run_dir
+    # Checkpoints grow with the epochs: the first ones fit, the last one does not.
+    limit = (whole / "checkpoints" / "epoch_00039.pt").stat().st_size - 2000
+    code = (
+        "import resource, sys; from mtlbalance.cli.main import main; size = int(sys.argv[1]);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); sys.exit(main(sys.argv[2:]))"
+    )
+    command = ["run", str(config.source), "training.epochs=40", "--out", str(tmp_path / "full"), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(limit), *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"error: cannot write {tmp_path / 'full'}" in done.stderr
+    assert list((tmp_path / "full" / "checkpoints").glob("epoch_*.json"))
+    run_training(config, out=tmp_path / "full", quiet=True)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, tmp_path / "full")]
+    assert weights[0] == weights[1]

@@ -5,6 +5,7 @@ Loaded by path through a config's ``plugins``; the tests reach it as ``sys.modul
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ trace: list[tuple[Any, ...]] = []
 reads: dict[str, int] = {}
 interrupt_after: int | None = None
 observer_fails_in = ""
+data_source = "made-up"
+input_shift = 0.0
 
 
 class Items(Dataset[Any]):
@@ -58,6 +61,7 @@ class PairsOptions(PluginConfig):
     nan_loss_in_epoch: int | None = None
     key_metric: str = "level_rmse"
     constant_metric: bool = False
+    spoil: str = ""
 
 
 def pair_tasks(options: PairsOptions) -> tuple[TaskSpec, ...]:
@@ -91,8 +95,16 @@ def build_pairs(options: PairsOptions) -> MultiTaskData:
         level = 10 * (inputs @ direction) + torch.randn(samples, generator=generator, dtype=dtype)
         if which == "train" and options.nan_target_at is not None:
             level[options.nan_target_at] = math.nan
+        inputs = inputs + input_shift
         kind = torch.bucketize(inputs[:, 0].contiguous(), torch.tensor([-0.5, 0.5], dtype=dtype))
-        tensors = InMemoryDataset(inputs, {"level": level, "kind": kind}, {"row": torch.arange(samples)})
+        targets = {"level": level, "kind": kind}
+        if options.spoil == f"{which} misspelt":
+            targets["levle"] = targets.pop("level")
+        if options.spoil == f"{which} without kind":
+            del targets["kind"]
+        if options.spoil == f"{which} class":
+            targets["kind"] = kind + 1
+        tensors = InMemoryDataset(inputs, targets, {"row": torch.arange(samples)})
         return Items(tensors, which) if options.storage == "items" else tensors
 
     train, validation, test = (
@@ -100,16 +112,23 @@ def build_pairs(options: PairsOptions) -> MultiTaskData:
         one_set("validation", 24),
         one_set("test", 30),
     )
+    if options.spoil == "build":
+        raise KeyError("no such sensor")
+    tasks = pair_tasks(options)
+    if options.spoil == "order":
+        tasks = tasks[::-1]
+    if options.spoil == "outputs":
+        tasks = (tasks[0], dataclasses.replace(tasks[1], outputs=4))
     return MultiTaskData(
         train=torch.utils.data.Subset(train, []) if options.empty else train,
         validation=validation if options.validation else None,
         test=test,
-        tasks=pair_tasks(options),
+        tasks=tasks,
         inputs=InputSpec((4,), "4 features"),
         key_metric="constant" if options.constant_metric else options.key_metric,
         evaluate=evaluate,
         protocol="honest" if options.validation else "paper",
-        data_source="made-up",
+        data_source=data_source,
         facts={"engines": 3},
         notices=("these data are made up",),
     )
@@ -120,7 +139,7 @@ def evaluate(
 ) -> dict[str, float]:
     trace.append(("evaluate", len(meta["row"])))
     in_order = bool((meta["row"] == torch.arange(len(meta["row"]))).all())
-    return {"samples": float(len(targets["level"])), "in_order": float(in_order), "constant": 1.0}
+    return {"samples": len(targets["level"]), "in_order": float(in_order), "constant": 1.0}
 
 
 class NetOptions(PluginConfig):
