@@ -9,7 +9,6 @@ WARMUP_EPOCHS ?= 2
 EMA_DECAY     ?= 0.99
 OVERRIDES     ?= training.epochs=$(EPOCHS) training.warmup_epochs=$(WARMUP_EPOCHS) \
                  training.ema_decay=$(EMA_DECAY) backbone.hidden_size=$(HIDDEN_SIZE)
-RUN_DIR       ?= runs/first_run_$(EPOCHS)_epochs_hidden_$(HIDDEN_SIZE)
 
 # Two test processes of one thread each; OpenMP threads that spin while they wait take the core from the other one.
 TEST_WORKERS ?= 2
@@ -26,8 +25,12 @@ TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal benchmarks docs
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
+# The run is named after the config and every override, so that runs with other settings never share a folder.
 run: $(VENV)/.installed  ## train GABA on C-MAPSS FD002, shortened; results go to runs/
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/mtlbalance run $(CONFIG) $(OVERRIDES) --out $(RUN_DIR)
+	@set -- $(OVERRIDES); \
+	name=$$(printf '%s' "$(basename $(notdir $(CONFIG)))$${*:+-$$*}" \
+	    | sed 's/[a-z_]*\.\([a-z_]*\)=/\1-/g' | tr -cs 'A-Za-z0-9_.-' '-'); \
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/mtlbalance run $(CONFIG) run.output_dir=runs run.name="$$name" "$$@"
 
 test: lint  ## lint, types and every test
 	$(TEST_ENV) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist=worksteal $(PYTEST_ARGS)
