@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -13,7 +14,7 @@ from mtlbalance.config.document import SLOTS, Document, read_document
 from mtlbalance.config.problems import InvalidConfigError, LocatedProblem, Place
 from mtlbalance.config.run_config import Choice, RunConfig
 from mtlbalance.config.sections import RunSection, TrainingSection
-from mtlbalance.config.validation import Fault, Model, show, validate
+from mtlbalance.config.validation import Fault, Model, show, validate, validate_partly
 from mtlbalance.errors import MtlBalanceError, PluginError, did_you_mean
 from mtlbalance.plugins.importing import describe_failure
 from mtlbalance.plugins.manager import PluginRegistry, load_plugins
@@ -52,7 +53,7 @@ class _Reader:
         self.data = document.data
         self.problems = list(document.problems)
         self.registry = PluginRegistry()
-        self.faulty_options: dict[str, set[str | int]] = {}
+        self.partial: dict[str, set[str | int]] = {}  # faulty or missing options, by slot
 
     def read(self) -> RunConfig:
         self.check_top_level()
@@ -203,18 +204,33 @@ class _Reader:
         except PluginError as error:
             self.problem(str(error), place)
             return None
-        options = {key: value for key, value in section.items() if key != "name"}
+        places = registration.config.places
+        options = {
+            key: self.absolute(slot, key, value) if key in places else value
+            for key, value in section.items()
+            if key != "name"
+        }
         valid = self.validated(registration.config, slot, options, f"[{slot}] ({name})")
-        if valid is None:  # what is left without the faulty options lets later checks go on
-            valid = self.without_faults(registration.config, slot, options)
+        if valid is None:  # what is left lets later checks go on
+            at_fault = {
+                fault.path[0] for fault in validate(registration.config, options, "")[1] if fault.path
+            }
+            valid, missing = validate_partly(registration.config, options, at_fault)
+            self.partial[slot] = at_fault | missing
         return None if valid is None else Choice(registration, valid)
 
-    def without_faults(self, model: type[Model], slot: str, options: dict[str, Any]) -> Model | None:
-        _, faults = validate(model, options, "")
-        at_fault = {fault.path[0] for fault in faults if fault.path}
-        self.faulty_options[slot] = at_fault
-        valid, _ = validate(model, {key: options[key] for key in options if key not in at_fault}, "")
-        return valid
+    def absolute(self, slot: str, key: str, value: Any) -> Any:
+        """Return a path, or a list of them, from where it was written: the file's folder or the current one."""
+        if isinstance(value, list):
+            return [self.absolute(slot, key, item) for item in value]
+        if not isinstance(value, str) or not value:  # an empty text names no place
+            return value
+        base = Path() if self.document.is_override((slot, key)) else self.document.path.parent
+        return os.path.abspath(base / os.path.expanduser(value))  # noqa: PTH100, PTH111  # keeps links
+
+    def lacks(self, slot: str, error: Exception) -> bool:
+        """Return whether a check failed only because it reads an option that is faulty or missing."""
+        return isinstance(error, AttributeError) and error.name in self.partial.get(slot, ())
 
     def tasks(self, dataset: Any) -> tuple[TaskSpec, ...]:
         if dataset is None:
@@ -227,6 +243,8 @@ class _Reader:
             self.problem(str(error), place)
             return ()
         except Exception as error:
+            if self.lacks("dataset", error):
+                return ()
             reason, where = describe_failure(error, "")
             self.problem(f"dataset {dataset.name!r} cannot say its tasks: {reason} (at {where})", place)
             return ()
@@ -240,21 +258,19 @@ class _Reader:
             return
         label = f"[balancer] ({balancer.name})"
         try:
-            found = list(balancer.registration.check(balancer.options, tasks))
+            for item in balancer.registration.check(balancer.options, tasks):
+                path = tuple(item.key.split("."))
+                if path[0] in self.partial.get("balancer", ()):
+                    continue
+                unknown_key = "unknown" in item.message and len(path) > 1
+                at: Literal["key", "value"] = "key" if unknown_key else "value"
+                self.report("balancer", Fault(path, at, f"{label}: {item.message}", item.suggestion))
         except Exception as error:
+            if self.lacks("balancer", error):
+                return
             reason, where = describe_failure(error, "")
             self.problem(
                 f"{label}: its check failed: {reason} (at {where})", self.document.place(("balancer", "name"))
-            )
-            return
-        for item in found:
-            path = tuple(item.key.split("."))
-            if path[0] in self.faulty_options.get("balancer", ()):
-                continue
-            unknown_key = "unknown" in item.message and len(path) > 1
-            self.report(
-                "balancer",
-                Fault(path, "key" if unknown_key else "value", f"{label}: {item.message}", item.suggestion),
             )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -25,12 +26,25 @@ class RunSection(Section):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps"
     )
-    output_dir: Path = Field(Path("runs"), description="relative to the current folder")
+    output_dir: Path = Field(Path("runs"), description="relative to the current folder; ~ is the home folder")
     deterministic: bool = Field(True, description="ask torch for deterministic algorithms")
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _a_folder_with_a_name(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            raise ValueError('it is empty; "." is the current folder')
+        return os.path.expanduser(value)  # noqa: PTH111  # pathlib's raises for an unknown user
 
 
 class TrainingSection(Section):
-    """``[training]``: the optimisation; the defaults are the study's."""
+    """``[training]``: the optimisation.
+
+    The defaults are the study's, but for one: weight decay stays constant. The study lowers it to 5e-5 once
+    epoch > 100, which is ``weight_decay_late = 5e-5``.
+    """
 
     epochs: int = Field(500, ge=1, description="at most this many epochs")
     batch_size: int = Field(256, ge=1, description="samples a step")

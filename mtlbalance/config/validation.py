@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
-import annotated_types
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ValidationError, create_model
 
 from mtlbalance.config.locator import KeyPath
 from mtlbalance.errors import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
+ErrorDetails: TypeAlias = Mapping[str, Any]  # one of pydantic's ``ValidationError.errors()``
 
 _KINDS = {
     "float_type": "a number",
@@ -73,6 +73,27 @@ def validate(
     for path, group in _by_path(details, options).items():
         faults.append(_fault(model, options, label, path, group, elsewhere or {}))
     return None, faults
+
+
+def validate_partly(
+    model: type[Model], options: Mapping[str, Any], at_fault: AbstractSet[str | int]
+) -> tuple[Model | None, set[str]]:
+    """Return the options that are in order, for further checks, and the names of required ones that are not.
+
+    In what is returned, a faulty option that has a default has it, and one that is required is not set:
+    reading it raises AttributeError.
+    """
+    kept = {key: value for key, value in options.items() if key not in at_fault}
+    missing = {name for name, field in model.model_fields.items() if field.is_required() and name not in kept}
+    unset: dict[str, Any] = dict.fromkeys(missing, (Any, None))
+    try:
+        valid, _ = validate(create_model(model.__name__, __base__=model, **unset), kept, "")
+    except Exception:  # the model's own validator needs what is missing
+        return None, missing
+    if valid is not None:
+        for name in missing:
+            del valid.__dict__[name]
+    return valid, missing
 
 
 def _as_json(value: Any) -> Any:
@@ -189,7 +210,7 @@ def _expected(detail: ErrorDetails, field: Any) -> str:
         return f"{_counted(kind)} at least {context['min_length']}"
     if kind in ("too_long", "string_too_long"):
         return f"{_counted(kind)} at most {context['max_length']}"
-    message = detail["msg"]
+    message: str = detail["msg"]
     return message.removeprefix("Input should be ").rstrip(".")
 
 
@@ -228,21 +249,16 @@ def number(value: float) -> str:
 
 def describe_range(metadata: Iterable[Any]) -> str:
     """Return the bounds in a field's metadata as words, such as ``at least 0 and below 1``, or ""."""
-    words = []
-    bounds = {type(item): item for item in metadata}
-    if annotated_types.Ge in bounds and annotated_types.Le in bounds:
-        low, high = bounds[annotated_types.Ge].ge, bounds[annotated_types.Le].le
-        return f"from {number(low)} to {number(high)}"
-    for item in metadata:
-        for kind, key, text in (
-            (annotated_types.Gt, "gt", "above"),
-            (annotated_types.Ge, "ge", "at least"),
-            (annotated_types.Lt, "lt", "below"),
-            (annotated_types.Le, "le", "at most"),
-        ):
-            if isinstance(item, kind):
-                words.append(f"{text} {number(getattr(item, key))}")
-    return " and ".join(words)
+    bounds = {
+        key: bound
+        for item in metadata
+        for key in ("gt", "ge", "lt", "le")
+        if (bound := getattr(item, key, None)) is not None
+    }
+    if bounds.keys() == {"ge", "le"}:
+        return f"from {number(bounds['ge'])} to {number(bounds['le'])}"
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    return " and ".join(f"{words[key]} {number(bound)}" for key, bound in bounds.items())
 
 
 def show(value: Any) -> str:

@@ -77,15 +77,16 @@ def check_balancer_options(config: PluginConfig, tasks: Sequence[TaskSpec]) -> I
             yield Problem("weights", f"'weights' has {given} values for {len(names)} tasks", known)
         if config.weights is not None and not any(_values(config.weights)):
             yield Problem("weights", "'weights' are all zero: nothing would be learned")
-    if isinstance(config, _FailureWeighted) and config.biased_task not in names:
-        task = config.biased_task
-        yield Problem("biased_task", f"unknown task {task!r}", _suggest(task, names) or known)
     if isinstance(config, GABAOptions) and config.min_weight > 1 / len(names):
         yield Problem(
             "min_weight",
             f"'min_weight' must be at most 1/K = {1 / len(names):.4g} for {len(names)} tasks, "
             f"not {config.min_weight:g}",
         )
+    # Last: what is required may be missing, and a check goes no further than the first such option.
+    if isinstance(config, _FailureWeighted) and config.biased_task not in names:
+        task = config.biased_task
+        yield Problem("biased_task", f"unknown task {task!r}", _suggest(task, names) or known)
 
 
 def _values(weights: Mapping[str, float] | Sequence[float]) -> list[float]:

@@ -212,7 +212,7 @@ def test_tasks_are_checked_although_other_options_are_wrong(problems: Problems) 
     found = problems(config + 'biased_task = "x"\ntarget_cap = 0\n')
     assert "unknown key 'smples' in [dataset] (toy)" in found
     assert "'target_cap' in [balancer] (amnl) must be a number above 0, not 0" in found
-    assert "unknown task 'x'" not in found  # a required option is wrong, so nothing can be built to check
+    assert "unknown task 'x'" in found
     found = problems(config + 'biased_task = "x"\ntarget_cap = 1\n')
     assert "unknown key 'smples'" in found
     assert "unknown task 'x'" in found
@@ -447,3 +447,27 @@ def test_dataset_that_cannot_say_its_tasks(write: Write, problems: Problems) -> 
     assert "acme.py:4)\n  --> study.toml:2:16" in found
     found = problems(config.replace("toy", "twice"))
     assert found.startswith("error: dataset 'twice' must give tasks with unique names, not ['a', 'a']\n")
+
+
+def test_a_missing_option_hides_no_other_check(problems: Callable[..., str]) -> None:
+    text = """\
+        dataset.name = "toy"
+        backbone.name = "mlp"
+        [balancer]
+        name = "grace"
+        target_cap = 0
+        min_weight = 0.9
+    """
+    found = problems(text)
+    assert "missing key 'biased_task' in [balancer] (grace)" in found
+    assert "'target_cap' in [balancer] (grace) must be a number above 0, not 0" in found
+    assert "'min_weight' must be at most 1/K = 0.5 for 2 tasks, not 0.9" in found
+    assert found.count("error:") == 3
+    found = problems(text.replace("grace", "amnl").replace("min_weight = 0.9", "weights = { larg = 1 }"))
+    assert "unknown task 'larg'" in found
+    assert "missing key 'biased_task'" in found
+
+
+def test_an_empty_output_folder(problems: Callable[..., str]) -> None:
+    text = 'dataset.name = "toy"\nbackbone.name = "mlp"\nbalancer.name = "gaba"\nrun.output_dir = ""\n'
+    assert "'output_dir' in [run]: it is empty" in problems(text)

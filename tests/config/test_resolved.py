@@ -48,7 +48,9 @@ _OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
     "run.seed": st.integers(0, 2**32 - 1),
     "run.name": st.from_regex(r"\A[a-z0-9_][A-Za-z0-9_.-]{0,8}\Z"),
     "run.device": st.sampled_from(["cpu", "auto", "cuda:1"]),
-    "run.output_dir": st.text(min_size=1, max_size=12).filter(lambda text: Path(text) != Path()),
+    "run.output_dir": st.text(min_size=1, max_size=12).filter(
+        lambda text: text.strip() and text[0] != "~" and Path(text) != Path()
+    ),
     "run.deterministic": st.booleans(),
     "training.lr": st.floats(5e-6, 10),
     "training.epochs": st.integers(1, 10**9),
@@ -136,3 +138,42 @@ def test_plugins_beside_the_config_become_absolute(tmp_path: Path, monkeypatch: 
 def test_default_names_are_folder_names() -> None:
     names = {"fd002.toml": "fd002", "my study (2).toml": "my-study-2", ".toml": "toml", "é.v2.toml": "v2"}
     assert {file: default_name(Path(file)) for file in names} == names
+
+
+PLACES = """\
+    from pathlib import Path
+    from mtlbalance.plugins import DatasetRegistration, PluginConfig, TaskSpec, hookimpl
+
+    class Options(PluginConfig):
+        places = frozenset({"data_dir", "files"})
+        data_dir: Path | None = None
+        files: tuple[Path, ...] = ()
+        label: str = ""
+
+    @hookimpl
+    def register_datasets():
+        tasks = (TaskSpec("one", "regression", "mse"),)
+        return [DatasetRegistration("other", "theirs", Options, "other:build", lambda _: tasks)]
+"""
+
+
+def test_places_are_relative_to_where_they_are_written(tmp_path: Path, monkeypatch: Any) -> None:
+    here, there, home = tmp_path / "here", tmp_path / "there", tmp_path / "home"
+    for folder in (here, there):
+        folder.mkdir()
+    (here / "other.py").write_text(dedent(PLACES))
+    text = 'plugins = ["other"]\n' + CONFIG.replace('dataset.name = "toy"\n', "")
+    options = 'data_dir = "../data"\nfiles = ["a.txt", "~/b.txt", "/c.txt"]\nlabel = "./kept"\n'
+    (here / "study.toml").write_text(f"{text}[dataset]\n{options}name = 'other'\n")
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("HOME", str(home))
+    config = load_config("../here/study.toml")
+    section = config.to_dict()["dataset"]
+    assert section["data_dir"] == str(tmp_path / "data")
+    assert section["files"] == [str(here / "a.txt"), str(home / "b.txt"), "/c.txt"]
+    assert section["label"] == "./kept"
+    assert reload(config, tmp_path) == config
+    overridden = load_config("../here/study.toml", ["dataset.data_dir=data", "run.output_dir=~/runs"])
+    assert overridden.to_dict()["dataset"]["data_dir"] == str(there / "data")
+    assert overridden.run.output_dir == home / "runs"
+    assert overridden.result_hash() != load_config("../here/study.toml", ["dataset.label=x"]).result_hash()
