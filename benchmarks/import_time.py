@@ -16,7 +16,7 @@ import numpy as np
 from measuring import machine, markdown_header, markdown_row, paired_ratio, write_json
 
 BASELINE = "import torch"
-STATEMENTS = (BASELINE, "from mtlbalance import GABALoss", "import mtlbalance.cli.main")
+STATEMENTS = (BASELINE, "from mtlbalance import GABALoss", "import mtlbalance.cli.app")
 
 
 def cpu_seconds(statement: str) -> float:

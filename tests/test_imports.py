@@ -46,7 +46,7 @@ def test_the_shared_ground_leaves_torch_out(module: str) -> None:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    loaded = loaded_by("import mtlbalance.cli.main")
+    loaded = loaded_by("import mtlbalance.cli.app")
     assert "typer" in loaded
     assert "torch" not in loaded
     assert "pandas" not in loaded

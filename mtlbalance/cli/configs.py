@@ -56,7 +56,6 @@ def summary(config: RunConfig) -> dict[str, Any]:
         "backbone": config.backbone.name,
         "balancer": config.balancer.name,
         "tasks": [task.name for task in config.tasks],
-        "config_hash": config.result_hash(),
     }
 
 

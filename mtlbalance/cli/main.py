@@ -1,107 +1,56 @@
-"""The ``mtlbalance`` command: its commands, and how every kind of end becomes an exit code."""
+"""The ``mtlbalance`` script. Light to import: signals are in hand before anything that takes long is loaded."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from types import FrameType
+from typing import NoReturn
 
-import typer
-
-from mtlbalance import __version__
-from mtlbalance.cli import configs, plugins, run
-from mtlbalance.cli.output import (
-    plain_warnings,
-    report_error,
-    report_internal_error,
-    report_stop,
-    report_usage_error,
-)
-from mtlbalance.errors import MtlBalanceError
-
-INTERRUPTED_EXIT_CODE = 130
-STOPPED = {
-    INTERRUPTED_EXIT_CODE: "interrupted; a run goes on when it is started again",
-    75: "pre-empted; the run goes on when it is started again",
-}
-
-# Typer brings its own copy of click in some versions and depends on click in others.
-_UsageError = typer.BadParameter.__mro__[1]
-
-app = typer.Typer(
-    name="mtlbalance",
-    help="Train several tasks at once without one of them drowning the others.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("run")(run.run)
-app.command("validate")(configs.validate)
-app.add_typer(configs.app, name="config")
-app.add_typer(plugins.app, name="plugins")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"mtlbalance {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
-    ] = False,
-) -> None:
-    """Train several tasks at once without one of them drowning the others."""
+INTERRUPTED, PREEMPTED = 130, 75  # exit codes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing is raised and the process is not left."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in arguments
-    with plain_warnings():
-        try:
-            code = app(arguments, prog_name="mtlbalance", standalone_mode=False)
-            sys.stdout.flush()  # here, where a closed pipe is no surprise
-            return _left(code if isinstance(code, int) else 0, as_json=as_json)
-        except MtlBalanceError as error:
-            report_error(error, as_json=as_json)
-            return error.exit_code
-        except (KeyboardInterrupt, typer.Abort):
-            return _left(INTERRUPTED_EXIT_CODE, as_json=as_json)
-        except BrokenPipeError:  # whoever read stdout has seen enough, as in `mtlbalance ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except SystemExit as leave:
-            code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
-            return _left(code, as_json=as_json)
-        except Exception as error:
-            if isinstance(error, _UsageError):
-                context = getattr(error, "ctx", None)
-                command = context.command_path if context else "mtlbalance"
-                message = error.format_message()  # type: ignore[attr-defined]
-                if not message:  # a bare group of commands: its help has been printed
-                    return 2
-                report_usage_error(message, command, as_json=as_json)
-                return 2
-            report_internal_error(error, as_json=as_json)
-            return 1
+    from mtlbalance.cli.app import execute
 
-
-def _left(code: int, *, as_json: bool) -> int:
-    """Say so when a run was stopped from outside; return ``code``."""
-    if code in STOPPED:
-        report_stop(STOPPED[code], code, as_json=as_json)
-    return code
+    return execute(sys.argv[1:] if arguments is None else arguments)
 
 
 def run_cli() -> NoReturn:
     """Run the command line of this process: the ``mtlbalance`` script."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as in `nohup mtlbalance ... &`
+            signal.signal(signum, _leave_at_once)
     # Read by OpenMP when torch is imported. Threads that spin while they wait starve whatever else runs on the
     # machine, and are starved by it: a step can take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main())
+
+
+def stop_message(code: int, arguments: Sequence[str]) -> str:
+    """Return what to say when a command was stopped from outside."""
+    text = {INTERRUPTED: "interrupted", PREEMPTED: "pre-empted"}[code]
+    return f"{text}; the run goes on when it is started again" if arguments[:1] == ["run"] else text
+
+
+def stop_document(message: str, code: int) -> str:
+    """Return the JSON document of a ``--json`` command that was stopped from outside."""
+    return json.dumps({"error": {"type": "Stopped", "message": message, "exit_code": code}}, indent=2)
+
+
+def _leave_at_once(signum: int, _frame: FrameType | None) -> None:
+    """End the process here, while nothing is written yet; training has handlers of its own.
+
+    An exception would not do: raised inside an import, it can end as another error, or be taken for a
+    library that is missing and lost.
+    """
+    code = INTERRUPTED if signum == signal.SIGINT else PREEMPTED
+    message = stop_message(code, sys.argv[1:])
+    os.write(2, f"{message}\n".encode())
+    if "--json" in sys.argv:
+        os.write(1, f"{stop_document(message, code)}\n".encode())
+    os._exit(code)

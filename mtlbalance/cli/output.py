@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
+from mtlbalance.cli.main import stop_document
 from mtlbalance.errors import MtlBalanceError
 from mtlbalance.plugins.manager import PluginWarning
 
@@ -87,7 +88,7 @@ def report_stop(message: str, code: int, *, as_json: bool) -> None:
     """Say that a command was stopped from outside."""
     print_stderr(message)
     if as_json:
-        print_json({"error": {"type": "Stopped", "message": message, "exit_code": code}})
+        print(stop_document(message, code))
 
 
 def report_internal_error(error: BaseException, *, as_json: bool) -> None:

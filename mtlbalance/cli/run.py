@@ -48,12 +48,9 @@ def _print_outcome(outcome: RunOutcome) -> None:
         console.print(f"{results['run']} is finished already; --fresh starts it again", markup=False)
     key = results.get("key_metric", "")
     watched = "validation_metrics" not in results
-    table = Table(
-        title=f"{results['run']}: {results['dataset']}, {results['backbone']}, {results['method']}, "
-        f"seed {results['seed']}",
-        title_justify="left",
-        title_style="bold",
-    )
+    parts = f"{results['dataset']}, {results['backbone']}, {results['method']}, seed {results['seed']}"
+    console.print(f"{results['run']}: {parts}", markup=False, style="bold", soft_wrap=True)
+    table = Table()
     table.add_column("metric")
     table.add_column(f"best epoch ({results['best_epoch']})", justify="right")
     table.add_column(f"last epoch ({results['epochs_run'] - 1})", justify="right")
@@ -86,6 +83,8 @@ def _print_outcome(outcome: RunOutcome) -> None:
 def _number(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:,.4f}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.4g}"
 
 

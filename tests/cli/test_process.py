@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,41 @@ def test_a_pipe_that_closes_early(tmp_path: Path) -> None:
     command = f"'{sys.executable}' -m mtlbalance config show study.toml | true"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Return whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signum - 1) & 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("seconds", [0.0, 0.15, 0.5, 1.0, 2.0])
+def test_a_signal_at_any_moment(tmp_path: Path, signum: int, seconds: float) -> None:
+    (tmp_path / "study.toml").write_text(CONFIG)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtlbalance", "run", "study.toml", "--json", "training.epochs=100000", "training.patience=100000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not catches(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    expected, word = (75, "pre-empted") if signum == signal.SIGTERM else (130, "interrupted")
+    assert process.returncode == expected, err
+    assert f"{word}; the run goes on when it is started again" in err
+    assert "Traceback" not in err
+    assert json.loads(out)["error"]["exit_code"] == expected
+
+
+def test_other_commands_speak_of_no_run(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, mtlbalance.cli.main as m; sys.argv = ['mtlbalance', 'validate', 'x'];"
+        "m.main = lambda: os.kill(os.getpid(), signal.SIGINT); m.run_cli()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

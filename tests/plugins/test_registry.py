@@ -46,7 +46,7 @@ def test_unknown_names_are_answered_with_what_exists() -> None:
         registry.get("engine", "x")
 
 
-@pytest.mark.parametrize("module", ["mtlbalance.plugins", "mtlbalance.config", "mtlbalance.cli.main"])
+@pytest.mark.parametrize("module", ["mtlbalance.plugins", "mtlbalance.config", "mtlbalance.cli.app"])
 def test_importing_is_light(module: str) -> None:
     code = (
         f"import sys, {module}; from mtlbalance.plugins import load_plugins; load_plugins().rows();"
