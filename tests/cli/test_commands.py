@@ -259,3 +259,10 @@ def test_how_a_run_ends(call: Call, fails: str, code: int, message: str, kind: s
     assert "Traceback" not in err
     error = json.loads(out)["error"]
     assert (error["type"], error["exit_code"]) == (kind, code)
+
+
+def test_the_result_fits_a_narrow_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = call("run", "study.toml", "--quiet", "run.seed=1234567890")
+    assert code == 0
+    assert "study: toy, mlp, gaba, seed 1234567890" in out.splitlines()

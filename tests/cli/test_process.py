@@ -90,8 +90,9 @@ def catches(pid: int, signum: int) -> bool:
 @pytest.mark.parametrize("seconds", [0.0, 0.15, 0.5, 1.0, 2.0])
 def test_a_signal_at_any_moment(tmp_path: Path, signum: int, seconds: float) -> None:
     (tmp_path / "study.toml").write_text(CONFIG)
+    endless = ["training.epochs=100000", "training.patience=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mtlbalance", "run", "study.toml", "--json", "training.epochs=100000", "training.patience=100000"],
+        [sys.executable, "-m", "mtlbalance", "run", "study.toml", "--json", *endless],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from mtlbalance.errors import DeviceError, PluginError, RunFolderError
 from mtlbalance.training import run_training
 from mtlbalance.training.run_folder import open_run_folder
+from mtlbalance.training.stopping import stops_on_signals
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -241,3 +244,24 @@ def test_a_full_disk_names_the_file_and_the_run_goes_on_later(
     run_training(config, out=tmp_path / "full", quiet=True)
     weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, tmp_path / "full")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_an_error_after_a_signal_is_that_signal(signum: int, raised: type[BaseException]) -> None:
+    before = signal.getsignal(signum)
+
+    def import_that_is_cut_short() -> None:
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(5)
+        except BaseException:
+            raise ImportError("numpy cannot be imported") from None
+
+    with pytest.raises(raised), stops_on_signals():
+        import_that_is_cut_short()
+    assert signal.getsignal(signum) == before
+    with pytest.raises(ImportError), stops_on_signals():
+        raise ImportError("without a signal")
