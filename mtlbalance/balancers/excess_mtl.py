@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Call, Reads, Sync, share_budget
 from mtlbalance.balancers.checks import real
-from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer, Probe
+from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.probe import Probe
 from mtlbalance.balancers.signals import Gradients, Signals
 from mtlbalance.errors import SharedParametersError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ from mtlbalance.balancers.graph import (
     reaches,
     trace,
 )
+from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.probe_scale import ProbeScale
 from mtlbalance.balancers.shared import (
     discover_shared,
@@ -42,52 +43,6 @@ from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 Delivery = Literal["auto", "direct", "weighted_sum"]
 
 _HALF_CHECK_EVERY = 100  # probes between looks for float16 in the graph, where autocast does not tell
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is differentiated in one call.
-
-    Args:
-        shared: the tensors that are read.
-        several: further leaves that several tasks reach; delivered with the shared ones, but not read.
-        own: for each present task, the leaves that it alone reaches (its head); only for direct delivery.
-        direct: whether the measured gradients are handed over as they are.
-    """
-
-    shared: list[Tensor]
-    several: list[Tensor]
-    own: dict[int, list[Tensor]]
-    direct: bool
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The gradients measured in one call.
-
-    Args:
-        plan: what was differentiated.
-        scales_K: what each loss was multiplied by, and its gradients still are; None: nothing (all 1).
-        rows: task index -> gradients of ``plan.shared``, then of ``plan.several``; after averaging over ranks,
-            for every task.
-        averaged: for each column of the rows, whether it is averaged over ranks already.
-        of_own: for each present task, the gradients of ``plan.own``.
-    """
-
-    plan: Plan
-    scales_K: Tensor | None
-    rows: dict[int, Gradients]
-    averaged: list[bool]
-    of_own: dict[int, Gradients]
-
-    def read(self, count: int, *, averaged: bool | None = None) -> list[Gradients]:
-        """Return a row for each of ``count`` tasks over the shared columns, all or only those (not) averaged."""
-        chosen = [c for c in range(len(self.plan.shared)) if averaged is None or self.averaged[c] is averaged]
-        return [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
-
-    def unscaled(self, values_K: Tensor) -> Tensor:
-        """Take the scales out of norms, or of the weights that the gradients will be multiplied by."""
-        return values_K if self.scales_K is None else values_K / self.scales_K.to(values_K.dtype)
 
 
 class GradientBalancer(Balancer):

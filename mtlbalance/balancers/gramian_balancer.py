@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtlbalance.balancers.base import Call, Reads, Sync, WeightSum, share_of_present
-from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer, Probe
+from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.probe import Probe
 from mtlbalance.balancers.signals import Signals, gram_matrix
 from mtlbalance.errors import BalancerError
 

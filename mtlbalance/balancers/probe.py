@@ -1,0 +1,55 @@
+"""What one call differentiates, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtlbalance.balancers.signals import Gradients
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is differentiated in one call.
+
+    Args:
+        shared: the tensors that are read.
+        several: further leaves that several tasks reach; delivered with the shared ones, but not read.
+        own: for each present task, the leaves that it alone reaches (its head); only for direct delivery.
+        direct: whether the measured gradients are handed over as they are.
+    """
+
+    shared: list[Tensor]
+    several: list[Tensor]
+    own: dict[int, list[Tensor]]
+    direct: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The gradients measured in one call.
+
+    Args:
+        plan: what was differentiated.
+        scales_K: what each loss was multiplied by, and its gradients still are; None: nothing (all 1).
+        rows: task index -> gradients of ``plan.shared``, then of ``plan.several``; after averaging over ranks,
+            for every task.
+        averaged: for each column of the rows, whether it is averaged over ranks already.
+        of_own: for each present task, the gradients of ``plan.own``.
+    """
+
+    plan: Plan
+    scales_K: Tensor | None
+    rows: dict[int, Gradients]
+    averaged: list[bool]
+    of_own: dict[int, Gradients]
+
+    def read(self, count: int, *, averaged: bool | None = None) -> list[Gradients]:
+        """Return a row for each of ``count`` tasks over the shared columns, all or only those (not) averaged."""
+        chosen = [c for c in range(len(self.plan.shared)) if averaged is None or self.averaged[c] is averaged]
+        return [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
+
+    def unscaled(self, values_K: Tensor) -> Tensor:
+        """Take the scales out of norms, or of the weights that the gradients will be multiplied by."""
+        return values_K if self.scales_K is None else values_K / self.scales_K.to(values_K.dtype)
