@@ -41,7 +41,10 @@ def evaluate(
     """
     predicted = predictions["rul"].reshape(-1)
     true = targets["rul"].reshape(-1)
-    metrics = {"rmse_all": rmse(predicted, true), "n_units": float(len(torch.unique(meta["unit"])))}
+    metrics: dict[str, float] = {
+        "rmse_all": rmse(predicted, true),
+        "n_units": len(torch.unique(meta["unit"])),
+    }
     last = meta["is_last"].bool()
     if last.any():
         metrics["rmse_last"] = rmse(predicted[last], true[last])
