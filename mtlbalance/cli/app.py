@@ -11,7 +11,6 @@ import typer
 
 from mtlbalance import __version__
 from mtlbalance.cli import configs, plugins, run
-from mtlbalance.cli.main import INTERRUPTED, PREEMPTED, stop_message
 from mtlbalance.cli.output import (
     plain_warnings,
     report_error,
@@ -19,6 +18,7 @@ from mtlbalance.cli.output import (
     report_stop,
     report_usage_error,
 )
+from mtlbalance.cli.stops import INTERRUPTED, PREEMPTED, stop_message
 from mtlbalance.errors import MtlBalanceError
 
 # Typer brings its own copy of click in some versions and depends on click in others.

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from mtlbalance.cli.main import stop_document
+from mtlbalance.cli.stops import stop_document
 from mtlbalance.errors import MtlBalanceError
 from mtlbalance.plugins.manager import PluginWarning
 

@@ -130,11 +130,18 @@ def _find(registry: PluginRegistry, name: str, slot: str | None) -> Registration
 
 
 def _about(registration: Registration) -> str:
-    """Return the first paragraph of a balancer's class docstring; only this imports torch."""
+    """Return what a balancer's class says of itself, its arguments and example left out; only this imports torch."""
     if not (isinstance(registration, BalancerRegistration) and isinstance(registration.build, FromClass)):
         return ""
     text = inspect.getdoc(import_reference(registration.build.reference)) or ""
-    return " ".join(text.split("\n\n")[0].split()).replace("``", "")
+    kept: list[str] = []
+    skipping = False
+    for line in text.split("\n"):
+        if line and not line.startswith(" "):
+            skipping = line in ("Args:", "Example:")  # the options follow, from the config model
+        if not skipping:
+            kept.append(line.replace("``", ""))
+    return "\n".join(kept).strip()
 
 
 def _option(name: str, field: FieldInfo) -> dict[str, Any]:
