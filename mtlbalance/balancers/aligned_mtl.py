@@ -49,7 +49,7 @@ class AlignedMTLLoss(GramianBalancer):
         tasks: Sequence[str],
         *,
         scale: str = "min",
-        scale_heads: bool = False,
+        scale_heads: bool | None = None,
         update_every: int = 1,
         delivery: Delivery = "auto",
         sync: Sync = "gradients",

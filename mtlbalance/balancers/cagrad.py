@@ -55,7 +55,7 @@ class CAGradLoss(GramianBalancer):
         *,
         c: float = 0.5,
         rescale: str = "none",
-        scale_heads: bool = False,
+        scale_heads: bool | None = None,
         update_every: int = 1,
         delivery: Delivery = "auto",
         sync: Sync = "gradients",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from mtlbalance.balancers.base import Sync
-from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer
 from mtlbalance.balancers.upgrad import project_on_dual_cone
 
@@ -40,25 +37,6 @@ class DualProjLoss(GramianBalancer):
     """
 
     method: ClassVar[str] = "DualProj"
-
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        *,
-        scale_heads: bool = False,
-        update_every: int = 1,
-        delivery: Delivery = "auto",
-        sync: Sync = "gradients",
-        process_group: Any = None,
-    ) -> None:
-        super().__init__(
-            tasks,
-            scale_heads=scale_heads,
-            update_every=update_every,
-            delivery=delivery,
-            sync=sync,
-            process_group=process_group,
-        )
 
     def solve(self, gramian: Array, losses: Array) -> Array:  # noqa: ARG002
         """Return the weights of the projected mean."""

@@ -43,13 +43,14 @@ class FairGradLoss(GramianBalancer):
     """
 
     method: ClassVar[str] = "FairGrad"
+    scale_heads: bool = True
 
     def __init__(
         self,
         tasks: Sequence[str],
         *,
         alpha: float = 1.0,
-        scale_heads: bool = True,
+        scale_heads: bool | None = None,
         update_every: int = 1,
         delivery: Delivery = "auto",
         sync: Sync = "gradients",

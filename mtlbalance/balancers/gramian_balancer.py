@@ -29,7 +29,8 @@ class GramianBalancer(GradientBalancer):
 
     Args:
         tasks: K >= 1 unique task names.
-        scale_heads: whether the parameters of one task alone get w_k·∂L_k (True) or ∂L_k (False).
+        scale_heads: whether the parameters of one task alone get w_k·∂L_k (True) or ∂L_k (False). Default: the
+            method's own, an attribute of its class.
         update_every, delivery, sync, process_group: see ``GradientBalancer``.
 
     Zero gradients: a task that does not pull at the shared tensors is left out of the problem and gets the mean
@@ -45,6 +46,7 @@ class GramianBalancer(GradientBalancer):
     reads: ClassVar[Reads] = "gramian"
     weight_sum: ClassVar[WeightSum] = "free"
     copies_to_host: ClassVar[bool] = True
+    scale_heads: bool = False
 
     solved_weights: Tensor
     solved_present: Tensor
@@ -54,7 +56,7 @@ class GramianBalancer(GradientBalancer):
         self,
         tasks: Sequence[str],
         *,
-        scale_heads: bool,
+        scale_heads: bool | None = None,
         update_every: int = 1,
         delivery: Delivery = "auto",
         sync: Sync = "gradients",
@@ -63,7 +65,7 @@ class GramianBalancer(GradientBalancer):
         super().__init__(
             tasks, update_every=update_every, delivery=delivery, sync=sync, process_group=process_group
         )
-        self.scale_heads = bool(scale_heads)
+        self.scale_heads = type(self).scale_heads if scale_heads is None else bool(scale_heads)
         self.register_buffer("solved_weights", torch.full((len(self.tasks),), 1.0 / len(self.tasks)))
         self.register_buffer("solved_present", torch.ones(len(self.tasks), dtype=torch.bool))
         self.register_buffer("grad_norms", torch.full((len(self.tasks),), torch.nan))

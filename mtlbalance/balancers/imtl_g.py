@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from mtlbalance.balancers.base import Sync, WeightSum
-from mtlbalance.balancers.gradient_balancer import Delivery
+from mtlbalance.balancers.base import WeightSum
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer
 
 
@@ -41,25 +39,6 @@ class IMTLGLoss(GramianBalancer):
 
     method: ClassVar[str] = "IMTL-G"
     weight_sum: ClassVar[WeightSum] = "1"
-
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        *,
-        scale_heads: bool = False,
-        update_every: int = 1,
-        delivery: Delivery = "auto",
-        sync: Sync = "gradients",
-        process_group: Any = None,
-    ) -> None:
-        super().__init__(
-            tasks,
-            scale_heads=scale_heads,
-            update_every=update_every,
-            delivery=delivery,
-            sync=sync,
-            process_group=process_group,
-        )
 
     def solve(self, gramian: Array, losses: Array) -> Array:  # noqa: ARG002
         """Return the weights of the equal projections."""

@@ -52,7 +52,7 @@ class MGDALoss(GramianBalancer):
         tasks: Sequence[str],
         *,
         normalise: str = "none",
-        scale_heads: bool = False,
+        scale_heads: bool | None = None,
         update_every: int = 1,
         delivery: Delivery = "auto",
         sync: Sync = "gradients",

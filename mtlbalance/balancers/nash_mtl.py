@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from mtlbalance.balancers.base import Sync
-from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer
 from mtlbalance.balancers.simplex import barrier_newton
 
@@ -43,25 +40,7 @@ class NashMTLLoss(GramianBalancer):
     """
 
     method: ClassVar[str] = "Nash-MTL"
-
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        *,
-        scale_heads: bool = True,
-        update_every: int = 1,
-        delivery: Delivery = "auto",
-        sync: Sync = "gradients",
-        process_group: Any = None,
-    ) -> None:
-        super().__init__(
-            tasks,
-            scale_heads=scale_heads,
-            update_every=update_every,
-            delivery=delivery,
-            sync=sync,
-            process_group=process_group,
-        )
+    scale_heads: bool = True
 
     def solve(self, gramian: Array, losses: Array) -> Array:  # noqa: ARG002
         """Return the positive solution of Gα = 1/α."""

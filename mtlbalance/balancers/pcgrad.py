@@ -50,7 +50,7 @@ class PCGradLoss(GramianBalancer):
         tasks: Sequence[str],
         *,
         seed: int = 0,
-        scale_heads: bool = False,
+        scale_heads: bool | None = None,
         update_every: int = 1,
         delivery: Delivery = "auto",
         sync: Sync = "gradients",
