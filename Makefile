@@ -10,6 +10,9 @@ EMA_DECAY     ?= 0.99
 OVERRIDES     ?= training.epochs=$(EPOCHS) training.warmup_epochs=$(WARMUP_EPOCHS) \
                  training.ema_decay=$(EMA_DECAY) backbone.hidden_size=$(HIDDEN_SIZE)
 
+# For example `make run RUN_ARGS=--fresh`, once the NASA files are there and the run on simulated ones is to be set aside.
+RUN_ARGS      ?=
+
 # Two test processes of one thread each; OpenMP threads that spin while they wait take the core from the other one.
 TEST_WORKERS ?= 2
 TEST_ENV     := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
@@ -30,7 +33,7 @@ run: $(VENV)/.installed  ## train GABA on C-MAPSS FD002, shortened; results go t
 	@set -- $(OVERRIDES); \
 	name=$$(printf '%s' "$(basename $(notdir $(CONFIG)))$${*:+-$$*}" \
 	    | sed 's/[a-z_]*\.\([a-z_]*\)=/\1-/g' | tr -cs 'A-Za-z0-9_.-' '-'); \
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/mtlbalance run $(CONFIG) run.output_dir=runs run.name="$$name" "$$@"
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/mtlbalance run $(CONFIG) run.output_dir=runs run.name="$$name" "$$@" $(RUN_ARGS)
 
 test: lint  ## lint, types and every test
 	$(TEST_ENV) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist=worksteal $(PYTEST_ARGS)
