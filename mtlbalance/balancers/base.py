@@ -250,9 +250,8 @@ class Balancer(TaskState, ABC):
     def _warn_nonfinite(self) -> None:
         if self._warned_nonfinite:
             return
-        count = int(self.nonfinite_calls)
-        self._warned_nonfinite = count > 0
-        if count > self._nonfinite_when_loaded:
+        self._warned_nonfinite = int(self.nonfinite_calls) > self._nonfinite_when_loaded
+        if self._warned_nonfinite:
             warnings.warn(
                 f"{self.get_name()}: {self.unusable}; the last good weights were applied "
                 "and the state was kept (further cases are counted in num_nonfinite, without a warning)",

@@ -315,6 +315,8 @@ def test_a_resumed_run_does_not_warn_of_what_is_past(problem):
     resumed.load_state_dict(balancer.state_dict())
     p.call(resumed)  # warnings are errors here
     assert resumed.num_nonfinite == 1
+    with pytest.warns(NonFiniteWarning):  # but of what is new
+        resumed({"a": p.losses()["a"] * torch.nan, "b": p.losses()["b"]}, shared_params=p.trunk)
 
 
 def test_activation_checkpointing(problem):
