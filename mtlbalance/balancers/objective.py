@@ -59,11 +59,6 @@ class ObjectiveBalancer(Balancer):
     def observe(self, signals: Signals) -> None:
         """Move what the objective remembers of the losses, where ``signals.finite``; called after it was used."""
 
-    def weigh(self, signals: Signals) -> Tensor:
-        """Return the slopes, or the last good ones."""
-        slopes_K = self._slopes(signals)
-        return self._move(signals, slopes_K, signals.finite & torch.isfinite(slopes_K).all())
-
     def current_weights(self, present_K: Tensor) -> Tensor:
         """Return the last slopes of the present tasks."""
         return self.last_weights * present_K
