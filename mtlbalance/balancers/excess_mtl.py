@@ -131,11 +131,13 @@ class ExcessMTLLoss(GradientBalancer):
         squares_KP = torch.stack(
             [self._squares(row, probe.plan.shared) for row in probe.read(len(self.tasks))]
         )
+        if probe.scales_K is not None:
+            squares_KP = squares_KP / probe.scales_K.to(squares_KP).square()[:, None]
         sums_KP = self.squared_sums + squares_KP
         risks_K = torch.where(sums_KP > 0, squares_KP / sums_KP.sqrt(), 0.0).sum(dim=1)
         if call.ranks is not None and call.counts_K is not None and self.sync == "norms":
             risks_K = call.ranks.mean_norms(risks_K, call.counts_K)
-        finite = signals.finite & torch.isfinite(risks_K).all()
+        finite = self._finite(call, probe, risks_K)
         moves_K = signals.present_K & finite
         self.squared_sums.copy_(torch.where(moves_K[:, None], sums_KP, self.squared_sums))
         self.excess_risks.copy_(torch.where(moves_K, risks_K, self.excess_risks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -126,7 +126,9 @@ class GradientBalancer(Balancer):
         """Return whether losses and what was measured are finite, and let the probe scale learn from it."""
         finite_K = torch.isfinite(measured_K)
         if probe.scales_K is not None:
-            self.probe_scale.update(call.signals.present_K & call.signals.finite, ~finite_K)
+            overflowed_K = ~finite_K | _overflowed(call, probe.unread())
+            self.probe_scale.update(call.signals.present_K & call.signals.finite, overflowed_K)
+            finite_K = ~overflowed_K
         return call.signals.finite & finite_K.all()
 
     def _by_weighted_sum(self, call: Call) -> Tensor:
@@ -261,17 +263,31 @@ class GradientBalancer(Balancer):
         reach = trace(list(call.losses.values()), shared)
         if reach.opaque:
             raise hidden_heads("pass scale_heads=True")
-        scales_K = self._scales(call, shared)
-        if scales_K is None:
-            scales_K = torch.ones_like(self.applied_weights)
+        given_K = self._scales(call, shared)
+        scales_K = torch.ones_like(self.applied_weights) if given_K is None else given_K
         missing_K = call.local_weights(1.0 - self.applied_weights) / scales_K
+        of_own: dict[int, Gradients] = {}
         total = GradientSum()
         for (index, loss), leaves in zip(call.losses.items(), reach.own, strict=True):
             if leaves:
                 with without_hooks(leaves):  # they run once, when this is handed over
-                    gradients = task_gradients(loss * scales_K[index], leaves, retain_graph=True)
-                total.add(leaves, gradients, missing_K[index])
+                    of_own[index] = task_gradients(loss * scales_K[index], leaves, retain_graph=True)
+                total.add(leaves, of_own[index], missing_K[index])
+        if given_K is not None:
+            overflowed_K = _overflowed(call, of_own) & call.signals.finite
+            self.probe_scale.update(overflowed_K, overflowed_K)  # the scale grows by measured calls alone
         return total.deliver(torch.zeros_like(call.losses_K[0]), keep=call.retain_graph)
+
+
+def _overflowed(call: Call, gradients: Mapping[int, Gradients]) -> Tensor:
+    """Return (K,) whether some rank has a gradient among these, scaled for float16, that is not finite."""
+    device = call.losses_K.device
+    overflowed_K = torch.zeros_like(call.losses_K)
+    for index, found in gradients.items():
+        overflowed_K[index] = ~torch.isfinite(gradient_norm(found, device))
+    if call.ranks is not None:
+        overflowed_K = call.ranks.sum(overflowed_K)
+    return overflowed_K > 0
 
 
 def _refuse_static_graph(call: Call) -> None:

@@ -50,6 +50,11 @@ class Probe:
         chosen = [c for c in range(len(self.plan.shared)) if averaged is None or self.averaged[c] is averaged]
         return [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
 
+    def unread(self) -> dict[int, Gradients]:
+        """Return what was differentiated for delivery alone, by task: other shared leaves, and heads."""
+        width = len(self.plan.shared)
+        return {task: [*self.rows[task][width:], *own] for task, own in self.of_own.items()}
+
     def unscaled(self, values_K: Tensor) -> Tensor:
         """Take the scales out of norms, or of the weights that the gradients will be multiplied by."""
         return values_K if self.scales_K is None else values_K / self.scales_K.to(values_K.dtype)

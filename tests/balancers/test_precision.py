@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -66,6 +67,23 @@ def test_the_scale_leaves_no_trace_in_what_is_delivered(method, make, problem, d
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)
     assert scaled.get_weights() == pytest.approx(plain.get_weights(), rel=1e-6)
+
+
+def test_the_scale_leaves_no_trace_in_the_state(method, make, problem):
+    """The scale follows the losses from call to call; what is summed or smoothed over calls must not."""
+    if not reads_gradients(make(method)):
+        return
+    p = problem(TASKS)
+    scaled, plain = make(method, warmup_steps=0, beta=0.5), make(method, warmup_steps=0, beta=0.5)
+    scaled._in_half, plain._in_half = True, False
+    for factor in (1.0, 0.1, 1e-3, 1e-4):
+        for balancer in (scaled, plain):
+            shrinking = {task: factor * loss for task, loss in p.losses().items()}
+            p.gradients(balancer(shrinking, shared_params=p.trunk, targets=p.targets))
+    expected = plain.state_dict()
+    for name, value in scaled.state_dict().items():
+        if not name.startswith("probe_scale."):
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-12, equal_nan=True)
 
 
 def test_a_loop_with_a_grad_scaler(method, make, problem):
@@ -137,3 +155,33 @@ def test_an_overflowing_probe_lowers_its_scale_and_recovers():
     assert theta.grad.isfinite().all()
     assert 0 < balancer.num_nonfinite < 6
     assert balancer.report()["grad_norm"]["a"] == pytest.approx(2 * 2000 * 30.0, rel=0.01)
+
+
+@pytest.mark.parametrize("update_every", [1, 4])
+@pytest.mark.parametrize("delivery", ["direct", "weighted_sum"])
+def test_a_head_that_overflows_where_the_trunk_does_not(method, make, problem, delivery, update_every):
+    """Heads are probed at the scale of the trunk: if only they overflow, it falls, and steps are lost no longer."""
+    balancer = make(
+        method,
+        warmup_steps=0,
+        max_weight=1.0,
+        delivery=delivery,
+        update_every=update_every,
+        update_interval=1,
+    )
+    if not reads_gradients(balancer):
+        return
+    p = problem(TASKS)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        near = {task: p.heads[task](p.trunk(p.inputs)).squeeze(-1).float() - 0.003 for task in p.tasks}
+    p.targets.update(near)
+
+    def delivered():
+        return p.gradients(balancer(losses(p, 1.0, torch.float16), shared_params=p.trunk, targets=p.targets))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NonFiniteWarning)  # weighted sums may show it in ``.grad`` alone
+        lost = [not all(gradient.isfinite().all() for gradient in delivered()) for _ in range(12)]
+    assert sum(lost) <= 4
+    assert not any(lost[-4:])
+    assert balancer.num_nonfinite <= 4
