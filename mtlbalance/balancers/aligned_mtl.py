@@ -43,6 +43,7 @@ class AlignedMTLLoss(GramianBalancer):
     """
 
     method: ClassVar[str] = "Aligned-MTL"
+    signed_weights: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from mtlbalance.errors import NonFiniteWarning
 Sync = Literal["gradients", "norms", "none"]
 WeightSum = Literal["1", "K", "given", "free"]
 Reads = Literal["nothing", "losses", "gradient norms", "gramian", "jacobian"]
+Shows = Literal["weighted sum", "objective"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class Balancer(TaskState, ABC):
     copies_to_host: ClassVar[bool] = False  # whether a training call waits for the device
     unusable: ClassVar[str] = "a loss or a task gradient was NaN or infinite"  # what keeps the state as it is
     scale_heads: bool = True  # whether the parameters of one task alone get w_k·∂L_k, or ∂L_k
+
+    # What a method promises otherwise than most do: stated here once, read by mtlbalance.testing.
+    shows: ClassVar[Shows] = (
+        "weighted sum"  # what a call returns; the slopes of an "objective" are the weights
+    )
+    free_alone: ClassVar[bool] = False  # a single present task has a scale of its own, not the whole budget
+    signed_weights: ClassVar[bool] = False  # a weight may be negative
+    draws_weights: ClassVar[bool] = False  # weights are drawn in every call, whatever the losses
+    needs_positive_losses: ClassVar[bool] = False  # a loss of 0 is outside the method's domain
+    needs_parameters: ClassVar[bool] = False  # shared_params cannot be representations
 
     applied_weights: Tensor
     nonfinite_calls: Tensor

@@ -49,6 +49,7 @@ class COSMOSLoss(ObjectiveBalancer):
     """
 
     method: ClassVar[str] = "COSMOS"
+    signed_weights: ClassVar[bool] = True
 
     preference: Tensor
 

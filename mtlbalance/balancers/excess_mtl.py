@@ -67,6 +67,7 @@ class ExcessMTLLoss(GradientBalancer):
 
     method: ClassVar[str] = "ExcessMTL"
     reads: ClassVar[Reads] = "jacobian"
+    needs_parameters: ClassVar[bool] = True
 
     squared_sums: Tensor
     excess_risks: Tensor
@@ -134,7 +135,7 @@ class ExcessMTLLoss(GradientBalancer):
         if probe.scales_K is not None:
             squares_KP = squares_KP / probe.scales_K.to(squares_KP).square()[:, None]
         sums_KP = self.squared_sums + squares_KP
-        risks_K = torch.where(sums_KP > 0, squares_KP / sums_KP.sqrt(), 0.0).sum(dim=1)
+        risks_K = torch.where(sums_KP == 0, 0.0, squares_KP / sums_KP.sqrt()).sum(dim=1)  # NaN stays NaN
         if call.ranks is not None and call.counts_K is not None and self.sync == "norms":
             risks_K = call.ranks.mean_norms(risks_K, call.counts_K)
         finite = self._finite(call, probe, risks_K)

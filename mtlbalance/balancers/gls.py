@@ -47,6 +47,7 @@ class GLSLoss(ObjectiveBalancer):
     """
 
     method: ClassVar[str] = "GLS"
+    needs_positive_losses: ClassVar[bool] = True
 
     def __init__(self, tasks: Sequence[str], *, sync: Sync = "gradients", process_group: Any = None) -> None:
         names = task_names(tasks)

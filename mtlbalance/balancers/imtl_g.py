@@ -38,6 +38,7 @@ class IMTLGLoss(GramianBalancer):
     """
 
     method: ClassVar[str] = "IMTL-G"
+    signed_weights: ClassVar[bool] = True
     weight_sum: ClassVar[WeightSum] = "1"
 
     def solve(self, gramian: Array, losses: Array) -> Array:  # noqa: ARG002

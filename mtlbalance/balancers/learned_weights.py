@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class LearnedWeights(ObjectiveBalancer):
 
     State: ``log_scales``, and that of ``ObjectiveBalancer``.
     """
+
+    free_alone: ClassVar[bool] = True
 
     log_scales: nn.Parameter
     _log_scales_before: Tensor

@@ -63,7 +63,7 @@ def reduce_losses(losses: Mapping[str, Tensor], sample_weights: Mapping[str, Ten
         loss = given.float() if given.dtype in _LOW_PRECISION else given
         weight = sample_weights.get(task)
         if weight is not None:
-            loss = loss * _checked_sample_weight(weight, loss, task)
+            loss = loss * checked_sample_weight(weight, loss, task)
         reduced[task] = loss.mean() if loss.dim() == 1 else loss
     return reduced
 
@@ -81,7 +81,8 @@ def check_sample_weights(
     return {known_task(name, tasks, "sample_weights"): weight for name, weight in sample_weights.items()}
 
 
-def _checked_sample_weight(weight: Tensor, loss: Tensor, task: str) -> Tensor:
+def checked_sample_weight(weight: Tensor, loss: Tensor, task: str) -> Tensor:
+    """Return the sample weights of a task, detached and beside its loss, or raise unless they fit it."""
     if not isinstance(weight, Tensor):
         raise InvalidArgumentError(
             f"sample_weights[{task!r}] must be a tensor of shape (B,); got {type(weight).__name__}"

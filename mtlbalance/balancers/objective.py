@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Balancer, Call, Sync, WeightSum
+from mtlbalance.balancers.base import Balancer, Call, Shows, Sync, WeightSum
 from mtlbalance.balancers.delivery import weighted_sum
 from mtlbalance.balancers.signals import Signals
 
@@ -33,6 +33,7 @@ class ObjectiveBalancer(Balancer):
     """
 
     weight_sum: ClassVar[WeightSum] = "free"
+    shows: ClassVar[Shows] = "objective"
     unusable: ClassVar[str] = "a loss was NaN or infinite, or outside the domain of the method's objective"
 
     last_weights: Tensor

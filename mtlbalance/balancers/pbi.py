@@ -51,6 +51,7 @@ class PBILoss(ObjectiveBalancer):
     """
 
     method: ClassVar[str] = "PBI"
+    signed_weights: ClassVar[bool] = True
 
     preference: Tensor
     ideal: Tensor

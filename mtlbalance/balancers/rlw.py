@@ -17,6 +17,8 @@ from mtlbalance.balancers.signals import Signals
 class _RandomWeights(Balancer):
     """Mixin for a balancer whose weights are the softmax of normal numbers from a generator of its own."""
 
+    draws_weights: ClassVar[bool] = True
+
     logits: Tensor
     _scale: float
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer
 from mtlbalance.balancers.checks import known_task, real
+from mtlbalance.balancers.losses import checked_sample_weight
 from mtlbalance.errors import InvalidArgumentError
 
 
@@ -74,5 +75,5 @@ class FailureWeighting(Balancer):
             )
         weight = failure_weights(targets[task], self.target_cap, self.max_weight)
         if task in given:
-            weight = weight.to(given[task].device) * given[task].detach()
+            weight = weight.to(losses[task].device) * checked_sample_weight(given[task], losses[task], task)
         return {**given, task: weight}

@@ -60,6 +60,8 @@ class STCHLoss(ObjectiveBalancer):
     """
 
     method: ClassVar[str] = "STCH"
+    free_alone: ClassVar[bool] = True
+    needs_positive_losses: ClassVar[bool] = True
 
     nadir: Tensor
     nadir_counts: Tensor

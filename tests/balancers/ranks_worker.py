@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import facts_of, make_balancer
+from conftest import make_balancer
 
 TASKS = ("a", "b", "c")
 PER_RANK = 4
@@ -127,7 +127,7 @@ def main() -> None:
     results = {}
     for method in methods:
         for name, scenario in scenarios().items():
-            if scenario.get("features") and facts_of(method).needs_parameters:
+            if scenario.get("features") and make_balancer(method).needs_parameters:
                 continue
             if scenario.get("update") and method != "famo":
                 continue

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mtlbalance import (
     AlignedMTLLoss,
     AMNLLoss,
+    ExcessMTLLoss,
     GABALoss,
     IMTLGLoss,
     MGDALoss,
@@ -220,15 +221,6 @@ def test_one_present_task_needs_no_discovery(problem):
     )  # the same parameters, not those of one task
 
 
-def test_state_keys_are_attributes(method, make):
-    """torch.distributed.checkpoint looks each key of a state dict up on the module."""
-    balancer = make(method)
-    for key in balancer.state_dict():
-        owner = balancer
-        for part in key.split("."):
-            owner = getattr(owner, part)
-
-
 def test_distributed_checkpoints_can_save_a_model_that_holds_a_balancer():
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -338,3 +330,26 @@ def test_a_default_device_does_not_reach_the_generator():
         balancer(theta[0] * 1, theta[1] * 1, shared_params=[theta])
         state = balancer.state_dict()
     assert all(value.device.type == "cpu" for value in state.values())
+
+
+def test_the_shape_of_sample_weights_is_checked_beside_failure_weights():
+    balancer = AMNLLoss(("a", "b"), biased_task="a", target_cap=10.0)
+    theta = torch.ones(4, requires_grad=True)
+    with pytest.raises(BalancerError, match=r"sample_weights\['a'\] has shape \(3,\)"):
+        balancer(
+            theta * 1.0,
+            theta.sum(),
+            targets={"a": torch.ones(4)},
+            sample_weights={"a": torch.ones(3)},
+        )
+
+
+def test_a_nan_gradient_under_finite_losses_does_not_enter_sums_of_squares():
+    theta = torch.zeros(3, requires_grad=True)
+    balancer = ExcessMTLLoss(("a", "b"))
+    balancer(theta.sum(), 2.0 * theta.sum(), shared_params=[theta])
+    before = balancer.squared_sums.clone()
+    with pytest.warns(NonFiniteWarning):  # 0 · ∞ at the corner of the root
+        balancer(torch.sqrt(0.0 * theta.sum()), 2.0 * theta.sum(), shared_params=[theta])
+    assert torch.equal(balancer.squared_sums, before)
+    assert balancer.num_nonfinite == 1

@@ -242,23 +242,6 @@ def test_embeddings(sparse):
     torch.testing.assert_close(found, table.weight.grad.to_dense())
 
 
-def test_scaling_accumulating_and_differentiating_twice(method, make, problem):
-    p = problem()
-    balancer = make(method, warmup_steps=100, max_weight=1.0)
-    found = p.gradients(p.call(balancer) * 1024.0)
-    assert_same(found, [1024.0 * g for g in prescribed(p, balancer)], rtol=2e-5, atol=1e-4)
-    halves, expected = [], []
-    for _ in range(2):
-        halves.append(p.call(balancer) / 2)
-        expected.append(prescribed(p, balancer))
-    means = [(one + other) / 2 for one, other in zip(*expected, strict=True)]
-    assert_same(p.gradients(sum(halves)), means, rtol=2e-5, atol=1e-6)
-    loss = p.call(balancer, retain_graph=True)
-    single = prescribed(p, balancer)
-    loss.backward(retain_graph=True)
-    assert_same(p.gradients(loss), single, rtol=2e-5, atol=1e-6)
-
-
 def test_a_second_backward_is_a_clear_error(problem):
     p = problem()
     loss = p.call(GABALoss(("a", "b")))

@@ -128,14 +128,6 @@ def test_a_loop_with_a_grad_scaler(method, make, problem):
         torch.testing.assert_close(parameter, other, rtol=0.05, atol=5e-3)
 
 
-def test_parameters_in_bfloat16(method, make, problem):
-    p = problem(TASKS, dtype=torch.bfloat16)
-    balancer = make(method, warmup_steps=0)
-    found = p.gradients(p.call(balancer))
-    assert all(gradient.dtype == torch.bfloat16 and gradient.isfinite().all() for gradient in found)
-    assert balancer.num_nonfinite == 0
-
-
 def test_an_overflowing_probe_lowers_its_scale_and_recovers():
     """A graph in float16 whose gradients overflow at the first scale: a few counted calls, then it measures."""
     from mtlbalance import GABALoss

@@ -81,9 +81,9 @@ def test_ranks_equal_one_process(method, runs, worker, name):
 
 
 @pytest.mark.parametrize("name", ["features", "absent, features"])
-def test_features_equal_one_process(method, facts, runs, worker, name):
+def test_features_equal_one_process(method, make, runs, worker, name):
     """Norms on the features of one rank's samples combine to the norm on the features of all samples."""
-    if facts.needs_parameters:
+    if make(method).needs_parameters:
         pytest.skip("reads parameters only, and says so when it is given features")
     world, ranks = runs
     expected = reference(worker, method, name, world)
