@@ -57,6 +57,18 @@ class RunFolderError(MtlBalanceError):
     """A run folder cannot be used: locked, not writable, or made from another config."""
 
 
+class CheckpointError(RunFolderError):
+    """Every checkpoint of a run is damaged, so that it cannot go on."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class WriteError(RunFolderError):
+    """The system refused a write while a run was going on, a full disk for example."""
+
+    exit_code: ClassVar[int] = 1
+
+
 class DeviceError(MtlBalanceError):
     """The device asked for does not exist on this machine."""
 
@@ -65,6 +77,10 @@ class TrainingError(MtlBalanceError):
     """Training itself failed, for example on a non-finite loss."""
 
     exit_code: ClassVar[int] = 1
+
+
+class NonFiniteError(TrainingError):
+    """A loss, a gradient or a weight became NaN or infinite."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -29,6 +29,8 @@ _FREE_KEYS = frozenset(
         "run.name",
         "run.output_dir",
         "run.device",
+        "run.preempt_signal",
+        "training.checkpoint_minutes",
         "training.eval_batch_size",
         "training.gradient_stats_every",
         "training.num_workers",
@@ -118,8 +120,8 @@ class RunConfig:
     def free_keys(self) -> frozenset[str]:
         """Return the dotted keys that do not decide the result.
 
-        The run's name, folder and device, how data is loaded and measured, the plugins' paths, and what a
-        plugin declares to be places.
+        The run's name, folder, device and signal, how data is loaded and measured, how often a long epoch is
+        saved, the plugins' paths, and what a plugin declares to be places.
         """
         slots: dict[str, PluginConfig] = {
             "dataset": self.dataset.options,

@@ -16,7 +16,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """``[run]``: the run's name, folder and device; only ``seed`` and ``deterministic`` decide the result."""
+    """``[run]``: the run's name, folder, device and signal; only ``seed`` and ``deterministic`` decide the result."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
@@ -28,6 +28,9 @@ class RunSection(Section):
     )
     output_dir: Path = Field(Path("runs"), description="relative to the current folder; ~ is the home folder")
     deterministic: bool = Field(True, description="ask torch for deterministic algorithms")
+    preempt_signal: Literal["none", "USR1", "USR2"] = Field(
+        "none", description="a signal that stops the run like SIGTERM, as SLURM's --signal sends it"
+    )
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -65,7 +68,22 @@ class TrainingSection(Section):
     scheduler_factor: float = Field(0.5, gt=0, lt=1, description="learning-rate factor at a plateau")
     scheduler_patience: int = Field(30, ge=0, description="epochs without improvement before it")
     scheduler_min_lr: float = Field(5e-6, ge=0, description="the plateau schedule never goes below")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of forward and losses")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16, fp16: autocast of forward and losses; fp16 with a gradient scaler"
+    )
+    on_nonfinite: Literal["raise", "skip", "stop"] = Field(
+        "raise",
+        description="a NaN or infinite loss or gradient: raise ends the run as failed, skip leaves the step out, "
+        "stop ends it with the epochs before",
+    )
+    max_skipped_steps: int = Field(
+        10, ge=0, description="steps that on_nonfinite = 'skip' may leave out in a run; one more is an error"
+    )
+    checkpoint_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="minutes between checkpoints inside an epoch; every epoch ends with one anyway",
+    )
     gradient_stats_every: int = Field(
         1,
         ge=0,

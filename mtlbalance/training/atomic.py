@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mtlbalance.errors import RunFolderError
+from mtlbalance.errors import WriteError
 
 
 @contextmanager
@@ -16,16 +16,21 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunFolderError(
+        raise WriteError(
             f"cannot write {path}: {error.strerror or error}; what was written before is intact"
         ) from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Replace ``path``: temporary file in the same folder, fsync, rename, fsync of the folder.
 
+    Args:
+        path: the file.
+        content: what it is to hold.
+        sync: whether the folder is synced as well; the last of several files in it is enough.
+
     Raises:
-        RunFolderError: the system refuses; ``path`` is as it was.
+        WriteError: the system refuses; ``path`` is as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with writing(path):
@@ -39,12 +44,20 @@ def write_bytes(path: Path, content: bytes) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:
     """Replace ``path`` by UTF-8 text, its line ends as they are."""
     write_bytes(path, content.encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote; only the folder's holder may."""
+    with writing(folder):
+        for path in folder.glob(".*.tmp-*"):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,8 +5,9 @@ Both ways draw one permutation an epoch from the same seeded generator, so they 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Generator, Tensor
@@ -15,24 +16,32 @@ from torch.utils.data import DataLoader, Dataset
 from mtlbalance.datasets.in_memory import InMemoryDataset
 from mtlbalance.errors import DataError
 from mtlbalance.slots import Sample
-from mtlbalance.training.seeding import seed_worker
+from mtlbalance.training.samples import SeededSamples
 
-Batch: TypeAlias = tuple[Tensor, dict[str, Tensor]]
+
+class Batch(NamedTuple):
+    """One training batch on the device."""
+
+    inputs: Tensor
+    targets: dict[str, Tensor]
+
+
 EvaluationBatch: TypeAlias = tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 class TrainingBatches(Protocol):
-    """Iterating gives one epoch of shuffled ``(inputs, targets)`` on the device."""
+    """The training set, an epoch at a time, as ``(inputs, targets)`` on the device."""
 
     def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Batch]: ...
+    def epoch(self, first_batch: int = 0) -> Iterator[Batch]:
+        """Draw the next epoch's order and yield its batches from ``first_batch`` on."""
 
 
 class ShuffleOrder:
-    """The order of the training samples: a new permutation each time it is iterated, in batches.
+    """The order of the training samples: a new permutation an epoch, in batches.
 
-    Its two generators are all the randomness that belongs to batching: ``order`` permutes, ``workers``
-    seeds the DataLoader's processes.
+    Its two generators are all the randomness that belongs to batching: ``order`` permutes, ``seeds`` gives each
+    epoch the seed from which its samples are drawn.
     """
 
     def __init__(self, num_samples: int, batch_size: int, *, drop_last: bool, seed: int) -> None:
@@ -40,29 +49,31 @@ class ShuffleOrder:
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.order = Generator().manual_seed(seed)
-        self.workers = Generator().manual_seed(seed)
+        self.seeds = Generator().manual_seed(seed)
+        self._before = self._generators()
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
         return whole + int(rest > 0 and not self.drop_last)
 
-    def permutation(self) -> Tensor:
-        """Draw the next epoch's order, cut to whole batches where the last one is dropped."""
-        drawn = torch.randperm(self.num_samples, generator=self.order)
-        return drawn[: len(self) * self.batch_size]
+    def draw(self, first_batch: int = 0) -> tuple[Tensor, int]:
+        """Draw the next epoch: the sample numbers from ``first_batch`` on, to be split, and the epoch's seed."""
+        self._before = self._generators()
+        permutation = torch.randperm(self.num_samples, generator=self.order)[: len(self) * self.batch_size]
+        seed = int(torch.randint(2**62, (), generator=self.seeds))
+        return permutation[first_batch * self.batch_size :], seed
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for chunk in torch.split(self.permutation(), self.batch_size):
-            yield chunk.tolist()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the generators' states."""
-        return {"order": self.order.get_state(), "workers": self.workers.get_state()}
+    def state_dict(self, *, within_epoch: bool = False) -> dict[str, Tensor]:
+        """Return the generators' states; ``within_epoch``: those from which the last epoch was drawn."""
+        return self._before if within_epoch else self._generators()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from saved generators."""
         self.order.set_state(state["order"])
-        self.workers.set_state(state["workers"])
+        self.seeds.set_state(state["seeds"])
+
+    def _generators(self) -> dict[str, Tensor]:
+        return {"order": self.order.get_state(), "seeds": self.seeds.get_state()}
 
 
 class _IndexedBatches:
@@ -76,10 +87,10 @@ class _IndexedBatches:
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self) -> Iterator[Batch]:
-        permutation = self._order.permutation().to(self._inputs.device)
-        for index in torch.split(permutation, self._order.batch_size):
-            yield (
+    def epoch(self, first_batch: int = 0) -> Iterator[Batch]:
+        numbers, _ = self._order.draw(first_batch)
+        for index in _split(numbers.to(self._inputs.device), self._order.batch_size):
+            yield Batch(
                 self._inputs.index_select(0, index),
                 {name: column.index_select(0, index) for name, column in self._targets.items()},
             )
@@ -91,22 +102,21 @@ class _LoadedBatches:
     def __init__(
         self, dataset: Dataset[Sample], order: ShuffleOrder, device: torch.device, num_workers: int
     ) -> None:
+        self._dataset = dataset
+        self._order = order
         self._device = device
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=num_workers,
-            worker_init_fn=seed_worker,
-            generator=order.workers,
-            pin_memory=device.type == "cuda",
-        )
+        self._num_workers = num_workers
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._order)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for inputs, targets, _ in self._loader:
-            yield (
+    def epoch(self, first_batch: int = 0) -> Iterator[Batch]:
+        numbers, seed = self._order.draw(first_batch)
+        batches = [index.tolist() for index in _split(numbers, self._order.batch_size)]
+        pin = self._device.type == "cuda"
+        loader = _loader(SeededSamples(self._dataset, seed), batches, self._num_workers, pin_memory=pin)
+        for inputs, targets, _ in loader:
+            yield Batch(
                 inputs.to(self._device, non_blocking=True),
                 {name: column.to(self._device, non_blocking=True) for name, column in targets.items()},
             )
@@ -151,16 +161,29 @@ class EvaluationBatches:
                     {name: column[rows].cpu() for name, column in dataset.meta.items()},
                 )
             return
-        # Its own generator: a loader without one draws from torch's global one, which belongs to training.
-        loader: DataLoader[Any] = DataLoader(
-            self._dataset,
-            batch_size=self._batch_size,
-            num_workers=self._num_workers,
-            worker_init_fn=seed_worker,
-            generator=Generator().manual_seed(0),
-        )
-        for inputs, targets, meta in loader:
+        samples = SeededSamples(self._dataset, seed=0)
+        batches = [index.tolist() for index in _split(torch.arange(len(samples)), self._batch_size)]
+        for inputs, targets, meta in _loader(samples, batches, self._num_workers):
             yield inputs.to(self._device), targets, meta
+
+
+def _split(numbers: Tensor, size: int) -> tuple[Tensor, ...]:
+    return torch.split(numbers, size) if len(numbers) else ()
+
+
+def _loader(
+    samples: SeededSamples, batches: list[list[int]], num_workers: int, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    # Its own generator: a loader without one draws from torch's global one, which belongs to training.
+    return DataLoader(
+        samples, batch_sampler=batches, num_workers=num_workers, worker_init_fn=_leave_ctrl_c_to_the_run,
+        generator=Generator().manual_seed(0), pin_memory=pin_memory,
+    )  # fmt: skip
+
+
+def _leave_ctrl_c_to_the_run(_: int) -> None:
+    """Ctrl-C in a terminal goes to every process there; a worker that dies of it would spoil the last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def count_samples(dataset: Dataset[Sample], which: str) -> int:

@@ -6,7 +6,7 @@ its saved weights give later.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mtlbalance.errors import PluginError
 from mtlbalance.slots import MultiTaskData
-from mtlbalance.training.batches import EvaluationBatches
+from mtlbalance.training.batches import EvaluationBatch
 from mtlbalance.training.metrics import task_metrics
 from mtlbalance.training.model import MultiTaskModel
 from mtlbalance.training.record import is_training_column
@@ -50,7 +50,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(models: Sequence[nn.Module], batches: EvaluationBatches) -> list[Predictions]:
+def predict(models: Sequence[nn.Module], batches: Iterable[EvaluationBatch]) -> list[Predictions]:
     """Return each model's predictions, reading the set once for all of them."""
     was_training = [model.training for model in models]
     for model in models:

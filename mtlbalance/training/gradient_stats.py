@@ -31,18 +31,26 @@ class GradientStats:
         self._balancer = balancer
         self._shared = shared
         self._every = every if any(parameter.requires_grad for parameter in shared) else 0
-        self._reported = False
+        self._reported = self._unmeasurable = False
         self._measured: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, bool]:
+        """Return what was found out on the way: that the balancer reports norms, that they cannot be measured."""
+        return {"reported": self._reported, "unmeasurable": self._unmeasurable}
+
+    def load_state_dict(self, state: Mapping[str, bool]) -> None:
+        """Continue from a saved state."""
+        self._reported, self._unmeasurable = state["reported"], state["unmeasurable"]
 
     def before_balancing(self, losses: Mapping[str, Tensor], epoch: int) -> None:
         """Measure the gradient norms of this batch, where the balancer is not known to do so."""
         self._measured = {}
-        if self._reported or self._every == 0 or epoch % self._every != 0:
+        if self._reported or self._unmeasurable or self._every == 0 or epoch % self._every != 0:
             return
         try:
             self._measured = task_gradient_norms(losses, self._shared)
         except BalancerError as error:
-            self._every = 0
+            self._unmeasurable = True
             warnings.warn(
                 f"gradient norms are not measured in this run: {error}", RuntimeWarning, stacklevel=2
             )

@@ -10,6 +10,7 @@ from torch.nn import functional
 from mtlbalance.errors import DataError, PluginError, TrainingError, did_you_mean
 from mtlbalance.plugins.references import import_reference
 from mtlbalance.slots import PerSampleLoss, TaskSpec
+from mtlbalance.training.memory import names_out_of_memory
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ class TaskLosses:
             if name not in targets:
                 continue
             try:
-                values = loss(predictions[name], targets[name])
+                with names_out_of_memory(f"the loss of task {name!r}", "training.batch_size"):
+                    values = loss(predictions[name], targets[name])
             except IndexError as error:  # a class that the head does not have
                 raise DataError(f"a target of task {name!r} cannot be used: {error}") from error
             except ValueError as error:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,8 +58,13 @@ class EventLog:
     def write(self, event: str, **details: Any) -> None:
         """Add an event."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event} | details
-        with atomic.writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(strict_json(line), default=str) + "\n")
+        text = json.dumps(strict_json(line), default=str) + "\n"
+        with atomic.writing(self._path), self._path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # torn by a kill or a full disk
+                    text = "\n" + text
+            file.write(text.encode())
 
 
 def is_training_column(name: str) -> bool:

@@ -15,8 +15,10 @@ from mtlbalance.training import atomic
 from mtlbalance.training.batches import EvaluationBatches, count_samples
 from mtlbalance.training.checkpoints import Checkpoints
 from mtlbalance.training.evaluation import predict, score, weight_ema
+from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.model import parameter_counts
 from mtlbalance.training.record import is_training_column, strict_json, write_json
+from mtlbalance.training.samples import reading
 from mtlbalance.training.state import RunState
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def write_results(
     state: RunState,
     device: torch.device,
     stopped: str,
+    checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     """Keep the best weights, read the test set if that is still due, and write ``results.json`` last."""
     started = time.perf_counter()
@@ -45,7 +48,7 @@ def write_results(
         raise TrainingError(
             f"the key metric {data.key_metric!r} was NaN in every epoch, so no epoch is the best; see metrics.csv"
         )
-    best_weights = Checkpoints(run_dir / "checkpoints").best_weights(state.best.epoch)
+    best_weights = checkpoints.best_weights(state.best.epoch)
     atomic.write_bytes(run_dir / "model.safetensors", best_weights)
     watched_best, watched_final = (
         {name: value for name, value in state.metrics[epoch].items() if not is_training_column(name)}
@@ -63,6 +66,7 @@ def write_results(
         "data_source": data.data_source,
         "best_epoch": state.best.epoch,
         "epochs_run": state.epoch + 1,
+        "skipped_steps": state.skipped_steps,
         "stopped": stopped,
         "key_metric": data.key_metric,
         "key_metric_mode": data.key_metric_mode,
@@ -74,7 +78,9 @@ def write_results(
         best = weight_ema(state.model, 0.0).module
         best.load_state_dict(safetensors.torch.load(best_weights))
         test = evaluation_batches(config, data.test, device)
-        at_best, at_end = predict([best, final], test)  # the one time that the test set is read
+        batches = reading(iter(test), config.dataset.name, "test")
+        with names_out_of_memory("the evaluation on the test set", "training.eval_batch_size"):
+            at_best, at_end = predict([best, final], batches)  # the one time that the test set is read
         results |= {
             "metrics": score(data, at_best),
             "final_metrics": score(data, at_end),

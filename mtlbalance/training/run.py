@@ -24,8 +24,11 @@ from mtlbalance.training.early_stopping import BestEpoch, EarlyStopping
 from mtlbalance.training.environment import describe_environment
 from mtlbalance.training.evaluation import weight_ema
 from mtlbalance.training.fingerprint import fingerprint
+from mtlbalance.training.gradient_stats import GradientStats
 from mtlbalance.training.model import build_model
 from mtlbalance.training.observers import Observers
+from mtlbalance.training.optimizers import make_optimizer
+from mtlbalance.training.precision import make_scaler
 from mtlbalance.training.progress import ProgressReport, RunShape, make_progress
 from mtlbalance.training.record import EventLog, write_json
 from mtlbalance.training.results import evaluation_batches, write_results
@@ -33,8 +36,8 @@ from mtlbalance.training.run_folder import RunFolder, open_run_folder
 from mtlbalance.training.schedules import plateau_schedule
 from mtlbalance.training.seeding import reproducible, seed_everything
 from mtlbalance.training.state import RunState
-from mtlbalance.training.stopping import stops_on_signals
-from mtlbalance.training.trainer import Trainer, make_optimizer
+from mtlbalance.training.stopping import StopRequest, stops_on_signals
+from mtlbalance.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from mtlbalance.config import RunConfig
@@ -73,7 +76,7 @@ def run_training(
         TrainingError: training failed, for example on a NaN loss; earlier checkpoints are intact.
     """
     run_dir = out if out is not None else default_run_dir(config)
-    with stops_on_signals(), open_run_folder(run_dir) as folder:
+    with stops_on_signals(config.run.preempt_signal) as stop, open_run_folder(run_dir) as folder:
         results = None
         if fresh:
             folder.check_replaceable()
@@ -85,7 +88,7 @@ def run_training(
                 folder.check_data(fingerprint(build_data(config)))
                 return RunOutcome(run_dir, results, "already-finished")
             device = resolve_device(config.run.device)
-            return _train(config, folder, device, fresh=fresh, progress=make_progress(quiet=quiet))
+            return _train(config, folder, device, stop, fresh=fresh, progress=make_progress(quiet=quiet))
 
 
 def default_run_dir(config: RunConfig) -> Path:
@@ -94,7 +97,13 @@ def default_run_dir(config: RunConfig) -> Path:
 
 
 def _train(
-    config: RunConfig, folder: RunFolder, device: torch.device, *, fresh: bool, progress: ProgressReport
+    config: RunConfig,
+    folder: RunFolder,
+    device: torch.device,
+    stop: StopRequest,
+    *,
+    fresh: bool,
+    progress: ProgressReport,
 ) -> RunOutcome:
     data = build_data(config)
     described = fingerprint(data)
@@ -109,19 +118,28 @@ def _train(
     if fresh and (old := folder.set_aside()) is not None:
         progress.notice(f"the old run was set aside as {old}")
     log = EventLog(run_dir / "log.jsonl")
-    resumed = _resume(folder, config, described, state, device, log)
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    resumed = _resume(folder, config, described, state, device, log, checkpoints)
     observers = Observers(config.registry.hook, log)
     observers.notify("on_run_start", run_dir=run_dir, config=config.to_dict())
     for notice in data.notices:
         progress.notice(notice)
     if resumed:
+        inside = (
+            ""
+            if state.unfinished is None
+            else f", {state.unfinished.batches} batches of the next one are done"
+        )
         progress.notice(
-            f"resuming: epoch {state.epoch} was the last to finish (of {config.training.epochs}, from 0)"
+            f"resuming: epoch {state.epoch} was the last to finish (of {config.training.epochs}, from 0){inside}"
         )
 
     batches = training_batches(data.train, state.order, device, num_workers=config.training.num_workers)
     watched = evaluation_batches(config, data.test if data.validation is None else data.validation, device)
-    trainer = Trainer(state, data, batches, watched, config.training, device)
+    trainer = Trainer(
+        state, data, config.dataset.name, batches, watched, config.training, device,
+        checkpoints=checkpoints, run_dir=run_dir, stop=stop, progress=progress, observers=observers, log=log,
+    )  # fmt: skip
     names = [task.name for task in data.tasks]
     progress.start(
         RunShape(
@@ -129,7 +147,7 @@ def _train(
         )
     )
     try:
-        stopped = trainer.fit(run_dir, progress, observers)
+        stopped = trainer.fit()
     except (KeyboardInterrupt, SystemExit) as interruption:
         with suppress(RunFolderError):
             log.write("interrupted", by=type(interruption).__name__, last_finished_epoch=state.epoch)
@@ -140,7 +158,7 @@ def _train(
         raise
     finally:
         progress.stop()
-    results = write_results(config, folder.path, data, state, device, stopped)
+    results = write_results(config, folder.path, data, state, device, stopped, checkpoints)
     log.write("finished", stopped=stopped, best_epoch=state.best.epoch, wall_seconds=state.wall_seconds)
     observers.notify("on_run_end", run_dir=run_dir, results=results)
     return RunOutcome(run_dir, results, "finished")
@@ -172,6 +190,8 @@ def _build_state(config: RunConfig, data: MultiTaskData, device: torch.device) -
         order=order,
         best=BestEpoch(mode),
         early_stopping=EarlyStopping(BestEpoch(mode, training.min_delta), training.patience),
+        scaler=make_scaler(training.precision, device),
+        stats=GradientStats(balancer, list(model.trunk.parameters()), every=training.gradient_stats_every),
     )
 
 
@@ -182,9 +202,9 @@ def _resume(
     state: RunState,
     device: torch.device,
     log: EventLog,
+    checkpoints: Checkpoints,
 ) -> bool:
     """Load the last sound checkpoint into ``state``, or start the folder's files; return whether resumed."""
-    checkpoints = Checkpoints(folder.path / "checkpoints")
     saved = checkpoints.latest()
     environment = describe_environment(device)
     if saved is None:
@@ -198,7 +218,7 @@ def _resume(
         config_hash = config.result_hash(described["data_source"], described["protocol"])
         log.write("started", config_hash=config_hash, device=environment["device"])
         return False
-    state.load_state_dict(saved)
-    checkpoints.discard_after(state.epoch)
-    log.write("resumed", after_epoch=state.epoch, environment=environment)
+    state.load_state_dict(saved.weights, saved.state)
+    checkpoints.discard_after(state)
+    log.write("resumed", after_epoch=state.epoch, after_step=state.step, environment=environment)
     return True

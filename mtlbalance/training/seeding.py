@@ -21,13 +21,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_worker(_: int) -> None:
-    """Seed a DataLoader worker from the seed that its loader's generator gave it."""
-    seed = torch.initial_seed() % 2**32
-    random.seed(seed)
-    np.random.seed(seed)
-
-
 def rng_state() -> dict[str, Any]:
     """Return the state of every global generator, as tensors, numbers and strings only."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

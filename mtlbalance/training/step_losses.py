@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtlbalance.errors import TrainingError
+from mtlbalance.errors import NonFiniteError
 
 _CUDA_CHECK_EVERY_STEPS = 50
 
@@ -26,22 +27,26 @@ class StepLosses:
         self._checked = 0
         self._check_every = 1 if device.type == "cpu" else _CUDA_CHECK_EVERY_STEPS
 
-    def record(self, losses: Mapping[str, Tensor], total: Tensor, grad_norm: Tensor, epoch: int) -> None:
-        """Keep a step's losses ((B,) by task) and look for a non-finite one, on the CPU at once.
-
-        Raises:
-            TrainingError: a loss or the gradient is NaN or infinite.
-        """
+    def row(self, losses: Mapping[str, Tensor], total: Tensor, grad_norm: Tensor) -> Tensor:
+        """Return a step's row from its losses ((B,) by task), on the device."""
         nothing = torch.zeros_like(total)
         row = [losses[task].detach().mean() if task in losses else nothing for task in self.tasks]
+        return torch.stack([value.float() for value in (*row, total.detach(), grad_norm)])
+
+    def keep(self, row_C: Tensor, losses: Mapping[str, Tensor], epoch: int) -> None:
+        """Keep a step's row and look for a non-finite one, on the CPU at once.
+
+        Raises:
+            NonFiniteError: a loss or the gradient is NaN or infinite.
+        """
         step = len(self._counts_SK)
-        self._values_SC[step] = torch.stack([value.float() for value in (*row, total.detach(), grad_norm)])
+        self._values_SC[step] = row_C
         self._counts_SK.append([len(losses[task]) if task in losses else 0 for task in self.tasks])
         if step + 1 - self._checked >= self._check_every:
             self.check(epoch)
 
     def check(self, epoch: int) -> None:
-        """Raise TrainingError for the first step since the last check with a non-finite value."""
+        """Raise NonFiniteError for the first step since the last check with a non-finite value."""
         first, end = self._checked, len(self._counts_SK)
         self._checked = end
         values = self._values_SC[first:end]
@@ -51,27 +56,41 @@ class StepLosses:
         if bool(finite_SC.all()):  # the sum itself overflowed
             return
         step = int((~finite_SC.all(dim=1)).nonzero()[0])
-        finite_C, value_C = finite_SC[step].tolist(), values[step].tolist()
-        place = f"in epoch {epoch}, step {first + step} (both from 0)"
+        raise NonFiniteError(
+            f"{self.describe(values[step])} in epoch {epoch}, step {first + step} (both from 0); training stopped, "
+            "the checkpoints of earlier epochs are intact. Look at that task's data, lower training.lr, or see "
+            "training.on_nonfinite"
+        )
+
+    def describe(self, row_C: Tensor) -> str:
+        """Say what in a row is not finite."""
+        value_C, finite_C = row_C.tolist(), torch.isfinite(row_C).tolist()
         bad = [(task, value_C[k]) for k, task in enumerate(self.tasks) if not finite_C[k]]
         if bad:
-            named = ", ".join(f"the loss of task {task!r} is {value}" for task, value in bad)
-        elif not finite_C[-2]:
-            named = f"the balanced loss is {value_C[-2]}, although every task's loss is finite"
-        else:
-            named = f"the gradient's norm is {value_C[-1]}, although every loss is finite"
-        raise TrainingError(
-            f"{named} {place}; training stopped, the checkpoints of earlier epochs are intact. "
-            "Look at that task's data, or lower training.lr"
-        )
+            return ", ".join(f"the loss of task {task!r} is {value}" for task, value in bad)
+        if not finite_C[-2]:
+            return f"the balanced loss is {value_C[-2]}, although every task's loss is finite"
+        return f"the gradient's norm is {value_C[-1]}, although every loss is finite"
 
     def means(self) -> dict[str, float]:
         """Return ``train_loss`` (mean over steps of the total) and ``train_loss_<task>`` (over samples)."""
         num_steps = len(self._counts_SK)
         values = self._values_SC[:num_steps].cpu().double()
-        counts = torch.tensor(self._counts_SK, dtype=torch.float64)
+        counts = torch.tensor(self._counts_SK, dtype=torch.float64).reshape(num_steps, len(self.tasks))
         means = {"train_loss": float(values[:, -2].mean())}
         for k, task in enumerate(self.tasks):
             total = counts[:, k].sum()
             means[f"train_loss_{task}"] = float((values[:, k] * counts[:, k]).sum() / total)
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows so far."""
+        num_steps = len(self._counts_SK)
+        counts = torch.tensor(self._counts_SK, dtype=torch.int64).reshape(num_steps, len(self.tasks))
+        return {"values": self._values_SC[:num_steps].cpu(), "counts": counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from saved rows, which were checked when they were saved."""
+        self._counts_SK = state["counts"].tolist()
+        self._checked = len(self._counts_SK)
+        self._values_SC[: self._checked] = state["values"].to(self._values_SC.device)

@@ -3,54 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW
 
-from mtlbalance.balancers.base import Balancer
 from mtlbalance.config.sections import TrainingSection
-from mtlbalance.errors import TrainingError
+from mtlbalance.errors import DataError, NonFiniteError, TrainingError
 from mtlbalance.slots import MultiTaskData
-from mtlbalance.training.batches import EvaluationBatches, TrainingBatches
+from mtlbalance.training.batches import Batch, EvaluationBatch, EvaluationBatches, TrainingBatches
 from mtlbalance.training.checkpoints import Checkpoints
 from mtlbalance.training.evaluation import predict, score
-from mtlbalance.training.gradient_stats import GradientStats
-from mtlbalance.training.losses import TaskLosses
-from mtlbalance.training.model import MultiTaskModel
+from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.observers import Observers
 from mtlbalance.training.progress import ProgressReport
-from mtlbalance.training.record import CsvTable, Row
+from mtlbalance.training.record import CsvTable, EventLog, Row
+from mtlbalance.training.samples import reading
 from mtlbalance.training.schedules import adapt_weight_decay, warm_up_learning_rate
-from mtlbalance.training.state import RunState
-from mtlbalance.training.step_losses import StepLosses
+from mtlbalance.training.seeding import rng_state, set_rng_state
+from mtlbalance.training.state import RunState, UnfinishedEpoch
+from mtlbalance.training.step import TrainingStep
+from mtlbalance.training.stopping import StopRequest, stop_exception
 
-StopReason = Literal["epochs", "early-stop"]
-
-
-def make_optimizer(model: MultiTaskModel, balancer: Balancer, training: TrainingSection) -> AdamW:
-    """Return AdamW over the model and, in a group of its own without weight decay, the balancer's weights.
-
-    Decay would pull learned task weights towards their value at zero. CUDA takes the fused form. The CPU
-    does not: there it opens a parallel region for every tensor, however small, which on a busy machine
-    costs milliseconds each.
-    """
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
-            "weight_decay": training.weight_decay,
-            "decayed": True,
-        }
-    ]
-    learned = [parameter for parameter in balancer.parameters() if parameter.requires_grad]
-    if learned:
-        groups.append({"params": learned, "weight_decay": 0.0, "decayed": False})
-    fused = all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
-    return AdamW(groups, lr=training.lr, fused=fused, foreach=not fused)
+StopReason = Literal["epochs", "early-stop", "non-finite"]
 
 
 class Trainer:
@@ -59,140 +35,209 @@ class Trainer:
     Args:
         state: the run; moved forward in place.
         data: for the evaluation of the watched set.
+        dataset: the dataset's name, for messages.
         batches: the training set.
         watched: the set that decides best epoch, plateau and early stop.
         training: the options.
         device: where the model is.
+        checkpoints: where the run is saved.
+        run_dir: the run's folder.
+        stop: whether the run was asked to stop.
+        progress: what a person sees.
+        observers: plugins that watch.
+        log: the run's events.
     """
 
     def __init__(
         self,
         state: RunState,
         data: MultiTaskData,
+        dataset: str,
         batches: TrainingBatches,
         watched: EvaluationBatches,
         training: TrainingSection,
         device: torch.device,
+        *,
+        checkpoints: Checkpoints,
+        run_dir: Path,
+        stop: StopRequest,
+        progress: ProgressReport,
+        observers: Observers,
+        log: EventLog,
     ) -> None:
         self.state = state
         self.data = data
+        self.dataset = dataset
         self.batches = batches
         self.watched = watched
         self.training = training
-        self.device = device
-        self._losses = TaskLosses(data.tasks)
-        self._task_names = [task.name for task in data.tasks]
-        self._shared: Sequence[Tensor] = list(state.model.trunk.parameters())
-        self._model_parameters = [p for p in state.model.parameters() if p.requires_grad]
-        self._stats = GradientStats(state.balancer, self._shared, every=training.gradient_stats_every)
-        self._max_norm = training.grad_clip if training.grad_clip > 0 else float("inf")
+        self.checkpoints = checkpoints
+        self.run_dir = run_dir
+        self.stop = stop
+        self.progress = progress
+        self.observers = observers
+        self.log = log
+        self._step = TrainingStep(state, data.tasks, training, device)
+        self._saved_at = self._session_began = time.monotonic()
 
-    def fit(self, run_dir: Path, progress: ProgressReport, observers: Observers) -> StopReason:
-        """Train until the last epoch or the early stop; every epoch ends on disk.
+    def fit(self) -> StopReason:
+        """Train until the last epoch or the early stop; every epoch ends on disk, and a long one is saved inside.
+
+        A first Ctrl-C or SIGTERM, here, finishes the step and saves the run before it is raised.
 
         Raises:
-            TrainingError: a loss, a gradient or a weight is not finite.
+            NonFiniteError: a loss, a gradient or a weight is not finite, and ``on_nonfinite`` says ``"raise"``, or no
+                epoch had ended yet.
+            DataError: the dataset cannot be read.
+            KeyboardInterrupt, SystemExit: the run was asked to stop; it is saved.
         """
+        with self.stop.deferred():
+            try:
+                return self._fit()
+            except NonFiniteError as error:
+                if self.training.on_nonfinite != "stop":
+                    raise
+                return self._end_before(error)
+
+    def _fit(self) -> StopReason:
         state, training = self.state, self.training
-        metrics_csv = CsvTable(run_dir / "metrics.csv", state.metrics)
-        stats_csv = CsvTable(run_dir / "gradient_stats.csv", state.gradient_stats)
-        checkpoints = Checkpoints(run_dir / "checkpoints")
-
-        if state.early_stopping.exhausted(state.epoch):  # killed between the last checkpoint and the results
-            return "early-stop"
+        self._metrics_csv = CsvTable(self.run_dir / "metrics.csv", state.metrics)
+        self._stats_csv = CsvTable(self.run_dir / "gradient_stats.csv", state.gradient_stats)
+        if state.unfinished is None and state.early_stopping.exhausted(state.epoch):
+            return "early-stop"  # killed between the last checkpoint and the results
         for epoch in range(state.epoch + 1, training.epochs):
-            started = time.perf_counter()
-            warm_up_learning_rate(state.optimizer, epoch, training)  # 1 warm-up of the learning rate
-            adapt_weight_decay(state.optimizer, epoch, training)  # 2 adaptive weight decay
-            row = self._optimizer_settings(epoch)
-            stats_row = self._train_epoch(epoch, row, progress)  # 3-10 a batch at a time
-
-            metrics = self._evaluate()  # 11 evaluation with the EMA weights
-            key_value = metrics[self.data.key_metric]
-            if epoch >= training.warmup_epochs:
-                state.plateau.step(key_value)  # 12 plateau schedule, only after warm-up
-            is_best = state.best.update(epoch, key_value)  # 13 best tracking and checkpoint
-            state.early_stopping.update(epoch, key_value)
-            seconds = time.perf_counter() - started
-            row |= metrics | {"seconds": seconds}
-            state.epoch = epoch
-            state.wall_seconds += seconds
-            state.metrics.append(row)
-            state.gradient_stats.append(stats_row)
-            metrics_csv.append(row)
-            stats_csv.append(stats_row)
-            checkpoints.save(state, is_best=is_best)
-            progress.epoch(row, state.balancer.get_weights(), self._best_in_words())
-            observers.notify("on_epoch_end", run_dir=run_dir, epoch=epoch, metrics=dict(row))
+            self._epoch(epoch)
             if state.early_stopping.exhausted(epoch):  # 14 early stop, last
                 return "early-stop"
+            self._leave_if_asked()
         return "epochs"
 
-    def _train_epoch(self, epoch: int, row: Row, progress: ProgressReport) -> Row:
-        """Stages 3 to 10; adds the training losses to ``row`` and returns the row of gradient statistics."""
-        state, model, balancer, optimizer = (
-            self.state,
-            self.state.model,
-            self.state.balancer,
-            self.state.optimizer,
-        )
-        last = len(self.batches) - 1
-        step_losses = StepLosses(self._task_names, last + 1, self.device)
-        autocast = self._autocast()
-        stats_row: Row = {}
-        model.train()
-        balancer.train()
-        for index, (inputs, targets) in enumerate(self.batches):  # 3 fetch
-            with autocast:
-                predictions = model(inputs)  # 4 forward
-                losses = self._losses(predictions, targets)  # 5 inner losses, one value a sample
-            if index == last:
-                self._stats.before_balancing(losses, epoch)
-            total = balancer(losses, shared_params=self._shared, model=model, targets=targets)  # 6 balancer
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()  # 7 backward
-            norm = nn.utils.clip_grad_norm_(self._model_parameters, self._max_norm)  # 8 clip the joint norm
-            optimizer.step()  # 9 AdamW
-            state.ema.update_parameters(model)  # 10 weight EMA
-            state.step += 1
-            step_losses.record(losses, total, norm, epoch)
-            if index == last:
-                stats_row = self._stats.row(epoch, state.step)
-            progress.step(epoch, index, step_losses.means)
-        balancer.end_epoch()
-        step_losses.check(epoch)
-        self._check_weights(epoch)
-        row["step"] = state.step
-        row |= step_losses.means()
-        return stats_row
+    def _epoch(self, epoch: int) -> None:
+        state, training = self.state, self.training
+        self._session_began = time.monotonic()
+        unfinished = state.begin_epoch()
+        if unfinished.row is None:
+            warm_up_learning_rate(state.optimizer, epoch, training)  # 1 warm-up of the learning rate
+            adapt_weight_decay(state.optimizer, epoch, training)  # 2 adaptive weight decay
+            self._train(epoch, unfinished)  # 3-10 a batch at a time
+        assert unfinished.row is not None
 
-    def _evaluate(self) -> dict[str, float]:
-        (predictions,) = predict([self.state.ema], self.watched)
-        return score(self.data, predictions)
+        metrics = self._evaluate()  # 11 evaluation with the EMA weights
+        key_value = metrics[self.data.key_metric]
+        if epoch >= training.warmup_epochs:
+            state.plateau.step(key_value)  # 12 plateau schedule, only after warm-up
+        is_best = state.best.update(epoch, key_value)  # 13 best tracking and checkpoint
+        state.early_stopping.update(epoch, key_value)
+        seconds = self._seconds(unfinished)
+        row = unfinished.row | metrics | {"seconds": seconds}
+        state.epoch, state.unfinished = epoch, None
+        state.wall_seconds += seconds
+        state.metrics.append(row)
+        state.gradient_stats.append(unfinished.stats_row)
+        self._metrics_csv.append(row)
+        self._stats_csv.append(unfinished.stats_row)
+        self.checkpoints.save(state, is_best=is_best)
+        self._saved_at = time.monotonic()
+        self.progress.epoch(row, state.balancer.get_weights(), self._best_in_words())
+        self.observers.notify("on_epoch_end", run_dir=self.run_dir, epoch=epoch, metrics=dict(row))
 
-    def _optimizer_settings(self, epoch: int) -> Row:
-        group = self.state.optimizer.param_groups[0]
-        return {
+    def _train(self, epoch: int, unfinished: UnfinishedEpoch) -> None:
+        """Stages 3 to 10, from the first batch that is not done yet."""
+        state, last = self.state, len(self.batches) - 1
+        state.model.train()
+        state.balancer.train()
+        group = state.optimizer.param_groups[0]
+        row: Row = {
             "epoch": epoch,
-            "step": self.state.step,
+            "step": 0,
             "lr": float(group["lr"]),
             "weight_decay": float(group["weight_decay"]),
         }
+        for batch in self._training_batches(unfinished.batches):  # 3 fetch
+            index = unfinished.batches
+            skipped = self._step(batch, unfinished.losses, epoch, measure=index == last)  # 4-10
+            if skipped:
+                self.log.write("step_skipped", epoch=epoch, batch=index, reason=skipped)
+                self.progress.notice(f"left out: {skipped}")
+            if index == last:
+                unfinished.stats_row = state.stats.row(epoch, state.step)
+            unfinished.batches += 1
+            self.progress.step(epoch, index, unfinished.losses.means)
+            if self.stop.signum or time.monotonic() - self._saved_at >= 60 * self.training.checkpoint_minutes:
+                self._save(unfinished)
+                self._leave_if_asked()
+        state.balancer.end_epoch()
+        unfinished.losses.check(epoch)
+        self._step.check_weights(epoch)
+        unfinished.row = {**row, "step": state.step, **unfinished.losses.means()}
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.training.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    def _training_batches(self, first: int) -> Iterator[Batch]:
+        """Yield the rest of the epoch; where no more can be read, what was trained so far is saved."""
+        batches = reading(self.batches.epoch(first), self.dataset, "training")
+        try:
+            with names_out_of_memory(
+                "reading a training batch", "training.batch_size or training.num_workers"
+            ):
+                yield from batches
+        except (DataError, TrainingError):
+            unfinished = self.state.unfinished
+            if unfinished is not None and unfinished.batches:
+                self._save(unfinished)
+            self._leave_if_asked()  # a process that loads samples may have died of the same signal
+            raise
 
-    def _check_weights(self, epoch: int) -> None:
-        """A bad last step of an epoch must not reach its checkpoint."""
-        norm = nn.utils.get_total_norm([parameter.detach() for parameter in self._model_parameters])
-        if not bool(torch.isfinite(norm)):
-            raise TrainingError(
-                f"the model's weights became non-finite in epoch {epoch} (from 0); training stopped, the "
-                "checkpoints of earlier epochs are intact. Lower training.lr, or set training.grad_clip"
-            )
+    def _evaluate(self) -> dict[str, float]:
+        generators = rng_state()
+        try:
+            with names_out_of_memory("the evaluation", "training.eval_batch_size"):
+                (predictions,) = predict([self.state.ema], self._watched_batches())
+                return score(self.data, predictions)
+        except _StopRequestedError:
+            set_rng_state(generators)
+            assert self.state.unfinished is not None
+            self._save(self.state.unfinished)
+            self._leave_if_asked()
+            raise
+
+    def _watched_batches(self) -> Iterator[EvaluationBatch]:
+        which = "test" if self.data.validation is None else "validation"
+        for batch in reading(iter(self.watched), self.dataset, which):
+            if self.stop.signum:
+                raise _StopRequestedError
+            yield batch
+
+    def _save(self, unfinished: UnfinishedEpoch) -> None:
+        """Save the run inside an epoch, unless something in it is not finite."""
+        epoch = self.state.epoch + 1
+        unfinished.losses.check(epoch)
+        self._step.check_weights(epoch)
+        seconds = unfinished.seconds
+        unfinished.seconds = self._seconds(unfinished)
+        self.checkpoints.save(self.state)
+        unfinished.seconds = seconds
+        self._saved_at = time.monotonic()
+
+    def _leave_if_asked(self) -> None:
+        if self.stop.signum:
+            raise stop_exception(self.stop.signum)
+
+    def _end_before(self, error: NonFiniteError) -> StopReason:
+        """Go back to the end of the last epoch, and end the run there."""
+        saved = self.checkpoints.end_of_epoch(self.state.epoch)
+        if saved is None:
+            raise error
+        self.state.load_state_dict(saved.weights, saved.state)
+        self.log.write("stopped_non_finite", reason=str(error), last_finished_epoch=self.state.epoch)
+        self.progress.notice(f"training ends after epoch {self.state.epoch}: {error}")
+        return "non-finite"
+
+    def _seconds(self, unfinished: UnfinishedEpoch) -> float:
+        return unfinished.seconds + time.monotonic() - self._session_began
 
     def _best_in_words(self) -> str:
         best = self.state.best
         return "no best epoch yet" if best.value is None else f"best {best.value:.4g} at epoch {best.epoch}"
+
+
+class _StopRequestedError(Exception):
+    """Leaves an evaluation that is to be done again when the run goes on."""

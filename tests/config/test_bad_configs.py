@@ -110,7 +110,7 @@ def test_unknown_plugin_like_no_other(problems: Problems) -> None:
         ),
         (
             "precision = 16",
-            "'precision' in [training] must be one of 'fp32', 'bf16', not 16",
+            "'precision' in [training] must be one of 'fp32', 'bf16', 'fp16', not 16",
             "precision: bf16",
         ),
         (

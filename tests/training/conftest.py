@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mtlbalance.config import RunConfig, load_config
 
@@ -59,6 +61,24 @@ def plugin(configure: Configure) -> Iterator[Any]:
     module.interrupt_after = None
     module.observer_fails_in = ""
     module.data_source, module.input_shift = "made-up", 0.0
+    module.unreadable_after = None
+    module.signal_in.clear()
+
+
+@pytest.fixture
+def stop_after() -> Iterator[Callable[[int, int], None]]:
+    """Returns ``stop_after(steps, signum)``: this process sends itself a signal after so many optimizer steps."""
+    left: list[int] = []
+
+    def count(*_: Any) -> None:
+        if left and (left.__setitem__(0, left[0] - 1) or left[0] == 0):
+            signum = left.pop()
+            left.clear()
+            os.kill(os.getpid(), signum)
+
+    handle = register_optimizer_step_post_hook(count)
+    yield lambda steps, signum: left.__setitem__(slice(None), [steps, signum])
+    handle.remove()
 
 
 @pytest.fixture

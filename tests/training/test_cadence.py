@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from mtlbalance.training import run_training
+from mtlbalance.training.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -98,8 +99,11 @@ def test_the_shadow_follows_the_step_and_is_what_is_evaluated(
 ) -> None:
     outcome = run_training(configure(*STUDY_LIKE, "training.ema_decay=0"), quiet=True)
     state = load_checkpoint(outcome.run_dir, 7)
-    for name, value in state["model"].items():  # decay 0: the shadow is the live model after its last step
-        assert torch.equal(state["ema"][f"module.{name}"], value), name
+    weights = state["weights"]
+    live = [name.removeprefix("model.") for name in weights if name.startswith("model.")]
+    assert live
+    for name in live:  # decay 0: the shadow is the live model after its last step
+        assert torch.equal(weights[f"ema.module.{name}"], weights[f"model.{name}"]), name
     names = [entry[0] for entry in optimizer_trace]
     assert names.count("forward-eval") == 8 + 2  # a validation batch an epoch; the test set for best and last
 
@@ -107,11 +111,13 @@ def test_the_shadow_follows_the_step_and_is_what_is_evaluated(
 def test_buffers_of_the_shadow_are_the_live_ones(configure: Any, plugin: Any) -> None:
     outcome = run_training(configure("training.ema_decay=0.99"), quiet=True)
     state = load_checkpoint(outcome.run_dir, 5)
-    buffers = [name for name in state["model"] if "running" in name or "num_batches" in name]
+    saved = state["weights"]
+    live = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
+    buffers = [name for name in live if "running" in name or "num_batches" in name]
     assert len(buffers) == 3
-    assert all(torch.equal(state["ema"][f"module.{name}"], state["model"][name]) for name in buffers)
-    weights = [name for name in state["model"] if name not in buffers]
-    assert not any(torch.equal(state["ema"][f"module.{name}"], state["model"][name]) for name in weights)
+    assert all(torch.equal(saved[f"ema.module.{name}"], saved[f"model.{name}"]) for name in buffers)
+    weights = [name for name in live if name not in buffers]
+    assert not any(torch.equal(saved[f"ema.module.{name}"], saved[f"model.{name}"]) for name in weights)
 
 
 def test_learned_task_weights_are_trained_without_decay(configure: Any, plugin: Any) -> None:
@@ -127,4 +133,6 @@ def test_learned_task_weights_are_trained_without_decay(configure: Any, plugin: 
 
 
 def load_checkpoint(run_dir: Path, epoch: int) -> Any:
-    return torch.load(run_dir / "checkpoints" / f"epoch_{epoch:05d}.pt", weights_only=True)
+    saved = Checkpoints(run_dir / "checkpoints").end_of_epoch(epoch)
+    assert saved is not None
+    return saved.state | {"weights": saved.weights}

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -34,13 +37,20 @@ interrupt_after: int | None = None
 observer_fails_in = ""
 data_source = "made-up"
 input_shift = 0.0
+unreadable_after: int | None = None  # training samples
+signal_in: dict[str, int] = {}  # where -> the signal that this process then sends itself, once
+
+
+def send_signal(where: str) -> None:
+    if where in signal_in:
+        os.kill(os.getpid(), signal_in.pop(where))
 
 
 class Items(Dataset[Any]):
-    """Not an ``InMemoryDataset``: read sample by sample, counted."""
+    """Not an ``InMemoryDataset``: read sample by sample, counted; with noise from three generators on demand."""
 
-    def __init__(self, tensors: InMemoryDataset, which: str) -> None:
-        self.tensors, self.which = tensors, which
+    def __init__(self, tensors: InMemoryDataset, which: str, noise: float = 0.0) -> None:
+        self.tensors, self.which, self.noise = tensors, which, noise
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -48,7 +58,12 @@ class Items(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         reads[self.which] = reads.get(self.which, 0) + 1
         trace.append(("fetch", self.which))
-        return self.tensors[index]
+        if self.which == "train" and unreadable_after is not None and reads["train"] > unreadable_after:
+            raise OSError(5, "Input/output error", "shard-7")
+        inputs, targets, meta = self.tensors[index]
+        if self.noise:
+            inputs = inputs + self.noise * (torch.randn(4) + np.random.normal() + random.gauss(0.0, 1.0))
+        return inputs, targets, meta
 
 
 class PairsOptions(PluginConfig):
@@ -59,6 +74,10 @@ class PairsOptions(PluginConfig):
     empty: bool = False
     nan_target_at: int | None = None
     nan_loss_in_epoch: int | None = None
+    noise: float = 0.0
+    nan_input_at: int | None = None
+    huge_gradient: bool = False
+    huge_loss: Literal["", "loss", "evaluation"] = ""
     key_metric: str = "level_rmse"
     constant_metric: bool = False
     spoil: str = ""
@@ -66,10 +85,24 @@ class PairsOptions(PluginConfig):
 
 def pair_tasks(options: PairsOptions) -> tuple[TaskSpec, ...]:
     level_loss: Any = "mse" if options.nan_loss_in_epoch is None else NanInEpoch(options)
+    if options.huge_gradient:
+        level_loss = huge_gradient
+    if options.huge_loss == "loss":
+        level_loss = needs_too_much
     return (
         TaskSpec("level", "regression", level_loss, metrics=("rmse", "mae", "r2")),
         TaskSpec("kind", "classification", "cross_entropy", 3, metrics=("accuracy", "f1")),
     )
+
+
+def huge_gradient(prediction: Tensor, target: Tensor) -> Tensor:
+    """A finite loss whose slope no scale brings into float16."""
+    return prediction.float() * 1e30
+
+
+def needs_too_much(prediction: Tensor, target: Tensor) -> Tensor:
+    torch.empty(2**50)
+    return prediction - target
 
 
 class NanInEpoch:
@@ -86,6 +119,7 @@ class NanInEpoch:
 
 
 def build_pairs(options: PairsOptions) -> MultiTaskData:
+    send_signal("data")
     dtype = torch.float64 if options.float64 else torch.float32
     generator = torch.Generator().manual_seed(7)
     direction = torch.randn(4, generator=generator, dtype=dtype)
@@ -96,6 +130,8 @@ def build_pairs(options: PairsOptions) -> MultiTaskData:
         if which == "train" and options.nan_target_at is not None:
             level[options.nan_target_at] = math.nan
         inputs = inputs + input_shift
+        if which == "train" and options.nan_input_at is not None:
+            inputs[options.nan_input_at] = math.nan
         kind = torch.bucketize(inputs[:, 0].contiguous(), torch.tensor([-0.5, 0.5], dtype=dtype))
         targets = {"level": level, "kind": kind}
         if options.spoil == f"{which} misspelt":
@@ -105,7 +141,7 @@ def build_pairs(options: PairsOptions) -> MultiTaskData:
         if options.spoil == f"{which} class":
             targets["kind"] = kind + 1
         tensors = InMemoryDataset(inputs, targets, {"row": torch.arange(samples)})
-        return Items(tensors, which) if options.storage == "items" else tensors
+        return Items(tensors, which, options.noise) if options.storage == "items" else tensors
 
     train, validation, test = (
         one_set("train", options.samples),
@@ -138,6 +174,7 @@ def evaluate(
     predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], meta: Mapping[str, Tensor]
 ) -> dict[str, float]:
     trace.append(("evaluate", len(meta["row"])))
+    send_signal("evaluation")
     in_order = bool((meta["row"] == torch.arange(len(meta["row"]))).all())
     return {"samples": len(targets["level"]), "in_order": float(in_order), "constant": 1.0}
 

@@ -1,0 +1,122 @@
+"""One training step: stages 4 to 10 of the cadence, in any precision, and what becomes of a step that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtlbalance.config.sections import TrainingSection
+from mtlbalance.errors import NonFiniteError
+from mtlbalance.slots import TaskSpec
+from mtlbalance.training.batches import Batch
+from mtlbalance.training.losses import TaskLosses
+from mtlbalance.training.memory import names_out_of_memory
+from mtlbalance.training.precision import autocast, scaled_step
+from mtlbalance.training.state import RunState
+from mtlbalance.training.step_losses import StepLosses
+
+_LESS_DATA = "training.batch_size, or the backbone's size"
+_LESS_BALANCING = f"{_LESS_DATA}, or choose a balancer that keeps no gradients of each task"
+
+
+class TrainingStep:
+    """Moves a run by one batch.
+
+    A step whose losses or gradients are not finite never reaches the weights on the CPU; on CUDA it is found within
+    50 steps, and before anything is saved. With ``on_nonfinite = "skip"`` it is left out everywhere, at the price of
+    waiting for the device in each step: no optimizer step, no EMA, and the buffers of the model (BatchNorm's running
+    statistics) as they were. In fp16 an overflow of finite losses' gradients is the scaler's to handle: it too moves
+    neither weights nor EMA, but counts as no fault.
+
+    Args:
+        state: the run; moved forward in place.
+        tasks: the tasks.
+        training: the options.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, state: RunState, tasks: Sequence[TaskSpec], training: TrainingSection, device: torch.device
+    ) -> None:
+        self.state = state
+        self.training = training
+        self._autocast = autocast(training.precision, device)
+        self._losses = TaskLosses(tasks)
+        self._shared: Sequence[Tensor] = list(state.model.trunk.parameters())
+        self._parameters = [p for p in state.model.parameters() if p.requires_grad]
+        self._max_norm = training.grad_clip if training.grad_clip > 0 else float("inf")
+        self._skips = training.on_nonfinite == "skip"
+        self._buffers = list(state.model.buffers())
+
+    def __call__(self, batch: Batch, kept: StepLosses, epoch: int, *, measure: bool) -> str:
+        """Train on one batch and keep its losses; return why the step was left out, or an empty string.
+
+        Args:
+            batch: the batch.
+            kept: where the step's losses go.
+            epoch: from 0.
+            measure: whether the gradient statistics are taken at this batch.
+
+        Raises:
+            NonFiniteError: something was not finite, and such steps are not, or no longer, left out.
+            TrainingError: memory ran out.
+        """
+        state, model, optimizer = self.state, self.state.model, self.state.optimizer
+        buffers = [buffer.clone() for buffer in self._buffers] if self._skips else []
+        with names_out_of_memory("the forward pass", _LESS_DATA), self._autocast:
+            predictions = model(batch.inputs)  # 4 forward
+            losses = self._losses(predictions, batch.targets)  # 5 inner losses, one value a sample
+        with names_out_of_memory(f"balancing by {state.balancer.get_name()}", _LESS_BALANCING):
+            if measure:
+                state.stats.before_balancing(losses, epoch)
+            total = state.balancer(  # 6 balancer
+                losses, shared_params=self._shared, model=model, targets=batch.targets
+            )
+        with names_out_of_memory("the backward pass", _LESS_DATA):
+            optimizer.zero_grad(set_to_none=True)
+            state.scaler.scale(total).backward()  # 7 backward
+            state.scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)  # 8 clip the joint norm
+        if state.scaler.is_enabled():  # an overflow is the scaler's to handle
+            norm = torch.nan_to_num(norm, 0.0, 0.0, 0.0)
+        row = kept.row(losses, total, norm)
+        state.step += 1
+        if self._skips and not bool(torch.isfinite(row).all()):
+            self._leave_out(buffers)
+            return self._within_budget(
+                f"{kept.describe(row)} in epoch {epoch}, step {state.step - 1} of the run"
+            )
+        kept.keep(row, losses, epoch)
+        with names_out_of_memory("the optimizer step", "the backbone's size"):
+            if scaled_step(state.scaler, optimizer):  # 9 AdamW
+                state.ema.update_parameters(model)  # 10 weight EMA
+        return ""
+
+    def _leave_out(self, buffers: Sequence[Tensor]) -> None:
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if self.state.scaler.is_enabled():
+            self.state.scaler.update()  # it has unscaled these gradients, and must not wait for their step
+        for buffer, before in zip(self._buffers, buffers, strict=True):
+            buffer.copy_(before)
+        self.state.skipped_steps += 1
+
+    def _within_budget(self, reason: str) -> str:
+        allowed = self.training.max_skipped_steps
+        if self.state.skipped_steps > allowed:
+            raise NonFiniteError(
+                f"{reason}; that is more than the {allowed} steps that training.max_skipped_steps allows to be left "
+                "out, so training stopped. Look at that task's data, or lower training.lr"
+            )
+        return reason
+
+    def check_weights(self, epoch: int) -> None:
+        """Raise NonFiniteError if a weight or a buffer is not finite: that must not reach a checkpoint."""
+        tensors = [tensor.detach() for tensor in (*self._parameters, *self.state.model.buffers())]
+        norm = nn.utils.get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()])
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteError(
+                f"the model's weights or buffers became non-finite in epoch {epoch} (from 0); training stopped, the "
+                "checkpoints of earlier epochs are intact. Lower training.lr, or set training.grad_clip"
+            )
