@@ -39,7 +39,14 @@ def test_a_balancer_needs_torch_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["mtlbalance", "mtlbalance.slots", "mtlbalance.plugins", "mtlbalance.config.sections"]
+    "module",
+    [
+        "mtlbalance",
+        "mtlbalance.slots",
+        "mtlbalance.plugins",
+        "mtlbalance.config.sections",
+        "mtlbalance.sweeps",
+    ],
 )
 def test_the_shared_ground_leaves_torch_out(module: str) -> None:
     assert "torch" not in loaded_by(f"import {module}")

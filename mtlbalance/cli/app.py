@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtlbalance import __version__
-from mtlbalance.cli import configs, plugins, run
+from mtlbalance.cli import configs, plugins, run, sweeps
 from mtlbalance.cli.output import (
     plain_warnings,
     report_error,
@@ -36,6 +36,7 @@ app.command("run")(run.run)
 app.command("validate")(configs.validate)
 app.add_typer(configs.app, name="config")
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(sweeps.app, name="sweep")
 
 
 def _print_version(wanted: bool) -> None:

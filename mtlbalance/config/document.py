@@ -15,6 +15,31 @@ from mtlbalance.config.problems import InvalidConfigError, LocatedProblem, Place
 SLOTS = ("dataset", "backbone", "balancer")
 
 
+@dataclass(frozen=True)
+class Override:
+    """A value that replaces one of a config.
+
+    Args:
+        keys: the dotted key, such as ``("balancer", "beta")``.
+        value: what it becomes.
+        place: where it was written.
+        shown: how a notice names it, such as ``balancer.name=fixed``.
+        folder: where relative paths in it start; the current folder, for the command line.
+        key_place: where its key was written, if that is known apart.
+    """
+
+    keys: tuple[str, ...]
+    value: Any
+    place: Place
+    shown: str
+    folder: Path = Path()
+    key_place: Place | None = None
+
+    def at(self, which: Literal["key", "value"]) -> Place:
+        """Return the place of the key or of the value."""
+        return self.key_place if which == "key" and self.key_place else self.place
+
+
 @dataclass
 class Document:
     """The values of a config, and where each of them was written.
@@ -32,16 +57,16 @@ class Document:
     problems: list[LocatedProblem] = field(default_factory=list)
     _lines: list[str] = field(default_factory=list)
     _spans: Spans = field(default_factory=Spans)
-    _overrides: dict[KeyPath, str] = field(default_factory=dict)
+    _overrides: dict[KeyPath, Override] = field(default_factory=dict)
 
     def place(self, path: KeyPath, at: Literal["key", "value"] = "value") -> Place:
         """Return where ``path`` was written; of what is not in the file, the nearest table around it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self._overrides:
-                return Place(f"command line: {self._overrides[path[:end]]}")
-        for known, text in self._overrides.items():
+                return self._overrides[path[:end]].at(at if end == len(path) else "value")
+        for known, override in self._overrides.items():
             if known[: len(path)] == path and path not in self._spans.keys:
-                return Place(f"command line: {text}")
+                return override.at("key")
         spans = self._spans
         span = spans.keys.get(path) if at == "key" else spans.values.get(path)
         for end in range(len(path), 0, -1):
@@ -56,49 +81,54 @@ class Document:
             return self.place((table, "name"))
         return self.place((table,), "key")
 
-    def is_override(self, path: KeyPath) -> bool:
-        """Return whether the value at ``path`` came from the command line."""
-        return any(path[:end] in self._overrides for end in range(1, len(path) + 1))
+    def override(self, path: KeyPath) -> Override | None:
+        """Return the override that set the value at ``path``, or None where the file did."""
+        return next(
+            (self._overrides[path[:end]] for end in range(1, len(path) + 1) if path[:end] in self._overrides),
+            None,
+        )
 
-    def apply(self, overrides: Sequence[str]) -> None:
-        """Apply ``key=value`` overrides; names of plugins first, since they decide what else is kept.
+    def apply(self, overrides: Sequence[str | Override]) -> None:
+        """Apply overrides, ``key=value`` or parsed; names of plugins first, since they decide what else is kept.
 
         A slot whose plugin is replaced by an override loses the file's options for the old plugin.
         """
-        parsed = [item for text in overrides if (item := self._parse(text)) is not None]
-        parsed.sort(key=lambda item: not _names_a_plugin(item[0]))  # stable
-        for keys, value, text in parsed:
-            if _names_a_plugin(keys):
-                self._drop_options(keys[0], value)
-            self._set(keys, value, text)
+        parsed = [item for override in overrides if (item := self._parse(override)) is not None]
+        parsed.sort(key=lambda item: not _names_a_plugin(item.keys))  # stable
+        for item in parsed:
+            if _names_a_plugin(item.keys):
+                self._drop_options(item)
+            self._set(item)
 
-    def _parse(self, text: str) -> tuple[tuple[str, ...], Any, str] | None:
-        key, equals, value = text.partition("=")
-        keys = _parse_key(key) if equals else None
+    def _parse(self, override: str | Override) -> Override | None:
+        if isinstance(override, Override):
+            return override
+        keys = parse_override(override)
+        place = Place(f"command line: {override}")
         if keys is None:
             self.problems.append(
                 LocatedProblem(
-                    f"{text!r} is not an override",
-                    Place(f"command line: {text}"),
-                    "write key=value, such as training.epochs=5",
+                    f"{override!r} is not an override", place, "write key=value, such as training.epochs=5"
                 )
             )
             return None
-        return keys, parse_value(value), text
+        return Override(keys, parse_value(override.partition("=")[2]), place, override)
 
-    def _drop_options(self, slot: str, name: Any) -> None:
+    def _drop_options(self, override: Override) -> None:
+        slot = override.keys[0]
         section = self.data.get(slot)
-        if not isinstance(section, dict) or section.get("name") in (name, None):
+        if not isinstance(section, dict) or section.get("name") in (override.value, None):
             return
         dropped = [key for key in section if key != "name"]
         if dropped:
             self.notices.append(
-                f"{slot}.name={name} replaces {section['name']!r}: its options in {self.path} "
+                f"{override.shown} replaces {section['name']!r}: its options in {self.path} "
                 f"are left out ({', '.join(dropped)})"
             )
         self.data[slot] = {}
 
-    def _set(self, keys: tuple[str, ...], value: Any, text: str) -> None:
+    def _set(self, override: Override) -> None:
+        keys = override.keys
         *parents, last = keys
         table = self.data
         for depth, key in enumerate(parents):
@@ -108,14 +138,14 @@ class Document:
                     LocatedProblem(
                         f"{'.'.join(keys[: depth + 1])!r} is not a table, so it has no "
                         f"{'.'.join(keys[depth + 1 :])!r}",
-                        Place(f"command line: {text}"),
+                        override.place,
                     )
                 )
                 return
-        table[last] = value
+        table[last] = override.value
         for known in [known for known in self._overrides if known[: len(keys)] == keys]:
             del self._overrides[known]
-        self._overrides[keys] = text
+        self._overrides[keys] = override
 
 
 def read_document(path: Path) -> Document:
@@ -147,6 +177,16 @@ def read_document(path: Path) -> Document:
     return Document(path, data, _lines=lines, _spans=locate(text))
 
 
+def parse_override(text: str) -> tuple[str, ...] | None:
+    """Return the keys that ``key=value`` sets, or None if that is not what the text is.
+
+    >>> parse_override("balancer.beta=0.9")
+    ('balancer', 'beta')
+    """
+    key, equals, _ = text.partition("=")
+    return _parse_key(key) if equals else None
+
+
 def parse_value(text: str) -> Any:
     """Return an override's value: TOML where it is TOML, else the text itself.
 
@@ -175,7 +215,7 @@ def _parse_key(text: str) -> tuple[str, ...] | None:
 
 
 def _names_a_plugin(keys: KeyPath) -> bool:
-    return len(keys) == 2 and keys[0] in SLOTS and keys[1] == "name"
+    return len(keys) == 2 and keys[0] in (*SLOTS, "engine") and keys[1] == "name"
 
 
 def _whole_file(path: Path, message: str, advice: str = "") -> InvalidConfigError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from mtlbalance.config.document import SLOTS, Document, read_document
+from mtlbalance.config.document import SLOTS, Document, Override, read_document
 from mtlbalance.config.problems import InvalidConfigError, LocatedProblem, Place
 from mtlbalance.config.run_config import Choice, RunConfig
 from mtlbalance.config.sections import RunSection, TrainingSection
@@ -27,7 +27,7 @@ _ELSEWHERE = {
 }
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str | Override] = ()) -> RunConfig:
     """Read a config, apply overrides, load its plugins and check everything that needs no data.
 
     An override of a slot's ``name`` that changes the plugin leaves out what the file says about the old
@@ -35,7 +35,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: a TOML file.
-        overrides: ``key=value`` texts such as ``"balancer.beta=0.9"``; a value that is not TOML is text.
+        overrides: ``key=value`` texts such as ``"balancer.beta=0.9"``; a value that is not TOML is text. Or
+            ``Override`` objects, which know where they were written.
 
     Raises:
         InvalidConfigError: with all problems, each with file, line and column, or the override at fault.
@@ -87,9 +88,16 @@ class _Reader:
         self.problems.append(LocatedProblem(message, place, advice))
 
     def sorted_problems(self) -> list[LocatedProblem]:
-        """The file's problems from top to bottom, then the command line's."""
+        """The file's problems from top to bottom, then those of another file's overrides, then the command line's."""
+        own = str(self.document.path)
         return sorted(
-            self.problems, key=lambda found: (found.place.line == 0, found.place.line, found.place.column)
+            self.problems,
+            key=lambda found: (
+                found.place.line == 0,
+                found.place.source != own,
+                found.place.line,
+                found.place.column,
+            ),
         )
 
     def check_top_level(self) -> None:
@@ -152,7 +160,7 @@ class _Reader:
             else self.document.table_place(section)
         )
         advice = fault.help
-        if "must be text, not" in fault.message and self.document.is_override((section, *fault.path)):
+        if "must be text, not" in fault.message and place.source.startswith("command line: "):
             key, _, value = place.source.removeprefix("command line: ").partition("=")
             advice = f"""quote it to give text: '{key}="{value}"'"""
         self.problem(fault.message, place, advice)
@@ -225,7 +233,8 @@ class _Reader:
             return [self.absolute(slot, key, item) for item in value]
         if not isinstance(value, str) or not value:  # an empty text names no place
             return value
-        base = Path() if self.document.is_override((slot, key)) else self.document.path.parent
+        override = self.document.override((slot, key))
+        base = override.folder if override else self.document.path.parent
         return os.path.abspath(base / os.path.expanduser(value))  # noqa: PTH100, PTH111  # keeps links
 
     def lacks(self, slot: str, error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""The plugin system: three slots (dataset, backbone, balancer) filled through pluggy hooks."""
+"""The plugin system: the slots (dataset, backbone, balancer; engine for sweeps) filled through pluggy hooks."""
 
 from mtlbalance.plugins.hookspecs import hookimpl
 from mtlbalance.plugins.manager import BrokenPlugin, PluginRegistry, PluginRow, PluginWarning, load_plugins
@@ -7,6 +7,7 @@ from mtlbalance.plugins.registrations import (
     BackboneRegistration,
     BalancerRegistration,
     DatasetRegistration,
+    EngineRegistration,
     FromClass,
     PluginConfig,
     Problem,
@@ -20,6 +21,7 @@ __all__ = [
     "BalancerRegistration",
     "BrokenPlugin",
     "DatasetRegistration",
+    "EngineRegistration",
     "FromClass",
     "InputSpec",
     "MultiTaskData",

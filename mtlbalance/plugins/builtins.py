@@ -22,6 +22,7 @@ from mtlbalance.plugins.registrations import (
     BackboneRegistration,
     BalancerRegistration,
     DatasetRegistration,
+    EngineRegistration,
     FromClass,
     PluginConfig,
 )
@@ -48,6 +49,15 @@ class MLPOptions(PluginConfig):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each hidden layer")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="after each hidden layer")
+
+
+class LocalOptions(PluginConfig):
+    """Options of the engine ``local``."""
+
+    per_device: int = Field(1, ge=1, description="runs at a time on each device")
+    devices: Literal["auto"] | list[str] = Field(
+        "auto", description='such as ["cuda:0", "cuda:1"] or ["cpu"]; auto: every visible GPU, else the CPU'
+    )
 
 
 def toy_tasks(_: ToyOptions) -> tuple[TaskSpec, ...]:
@@ -129,3 +139,16 @@ def register_balancers() -> list[BalancerRegistration]:
         for name, summary, options, reference in methods
     ]
     return [*registrations, *LOSS_BALANCERS]
+
+
+@hookimpl
+def register_engines() -> list[EngineRegistration]:
+    """Return the built-in engine."""
+    return [
+        EngineRegistration(
+            "local",
+            "processes on this machine, some on every device",
+            LocalOptions,
+            "mtlbalance.sweeps.local:LocalEngine",
+        )
+    ]

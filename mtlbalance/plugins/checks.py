@@ -11,6 +11,7 @@ from mtlbalance.plugins.registrations import (
     BackboneRegistration,
     BalancerRegistration,
     DatasetRegistration,
+    EngineRegistration,
     PluginConfig,
     Registration,
     Slot,
@@ -21,6 +22,7 @@ REGISTER_HOOKS: dict[str, type[Registration]] = {
     "register_datasets": DatasetRegistration,
     "register_backbones": BackboneRegistration,
     "register_balancers": BalancerRegistration,
+    "register_engines": EngineRegistration,
 }
 
 

@@ -12,6 +12,7 @@ from mtlbalance.plugins.registrations import (
     BackboneRegistration,
     BalancerRegistration,
     DatasetRegistration,
+    EngineRegistration,
 )
 
 PROJECT = "mtlbalance"
@@ -32,6 +33,11 @@ def register_backbones() -> Sequence[BackboneRegistration]:  # type: ignore[empt
 @hookspec
 def register_balancers() -> Sequence[BalancerRegistration]:  # type: ignore[empty-body]
     """Return the balancers that this plugin brings."""
+
+
+@hookspec
+def register_engines() -> Sequence[EngineRegistration]:  # type: ignore[empty-body]
+    """Return the engines that this plugin brings: where the runs of a sweep are carried out."""
 
 
 @hookspec

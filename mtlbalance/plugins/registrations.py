@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from mtlbalance.balancers.base import Balancer
     from mtlbalance.slots import InputSpec, MultiTaskData
+    from mtlbalance.sweeps.engines import Engine
 
-Slot: TypeAlias = Literal["dataset", "backbone", "balancer"]
+Slot: TypeAlias = Literal["dataset", "backbone", "balancer", "engine"]
 
 
 class PluginConfig(BaseModel):
@@ -119,4 +120,24 @@ class BalancerRegistration:
     check: Callable[[Any, Sequence[TaskSpec]], Iterable[Problem]] | None = None
 
 
-Registration: TypeAlias = DatasetRegistration | BackboneRegistration | BalancerRegistration
+@dataclass(frozen=True)
+class EngineRegistration:
+    """Where the runs of a sweep are carried out: ``build(config) -> mtlbalance.sweeps.Engine``.
+
+    Args:
+        name: what ``mtlbalance sweep run --engine`` takes, in kebab case.
+        summary: one line for ``mtlbalance plugins list``.
+        config: pydantic model of the options; ``per_device`` and ``address`` have flags of their own.
+        build: a callable, or ``"module:attribute"`` imported only when a sweep starts.
+    """
+
+    slot: ClassVar[Slot] = "engine"
+    name: str
+    summary: str
+    config: type[PluginConfig]
+    build: str | Callable[[Any], Engine]
+
+
+Registration: TypeAlias = (
+    DatasetRegistration | BackboneRegistration | BalancerRegistration | EngineRegistration
+)

@@ -42,8 +42,8 @@ def test_unknown_names_are_answered_with_what_exists() -> None:
         registry.get("balancer", "gabba")
     listed = ", ".join(registry.names("balancer"))
     assert str(caught.value) == f"unknown balancer 'gabba'; did you mean 'gaba'?\navailable: {listed}"
-    with pytest.raises(PluginError, match="unknown engine 'x'\navailable: none"):
-        registry.get("engine", "x")
+    with pytest.raises(PluginError, match="unknown tracker 'x'\navailable: none"):
+        registry.get("tracker", "x")
 
 
 @pytest.mark.parametrize("module", ["mtlbalance.plugins", "mtlbalance.config", "mtlbalance.cli.app"])

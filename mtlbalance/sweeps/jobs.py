@@ -1,0 +1,171 @@
+"""One run as a process of its own: what every engine starts, here or on another machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Literal
+
+HowItEnded = Literal["exit", "timeout", "lost"]
+_GRACE_SECONDS = 30.0
+_TAIL_BYTES = 4000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at one run.
+
+    Args:
+        run_id: the run's id in the plan.
+        config: the resolved config as TOML.
+        config_path: where to write it.
+        folder: the run's folder.
+        log: where the run's output goes; attempts follow each other.
+        attempt: 1 for the first.
+        timeout_seconds: after which the attempt is stopped, or None.
+        environment: what to add to the environment.
+    """
+
+    run_id: str
+    config: str
+    config_path: Path
+    folder: Path
+    log: Path
+    attempt: int = 1
+    timeout_seconds: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> list[str]:
+        """The command line of the attempt: it can be run again by hand."""
+        arguments = ["run", str(self.config_path), "--out", str(self.folder)]
+        return [sys.executable, "-m", "mtlbalance", *arguments]
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How an attempt ended.
+
+    Args:
+        run_id: the run's id in the plan.
+        exit_code: of the process; below 0, the signal that killed it.
+        how: ``"exit"``: by itself; ``"timeout"``: it was stopped; ``"lost"``: with the machine it was on.
+        tail: the end of its output.
+        seconds: how long it took.
+    """
+
+    run_id: str
+    exit_code: int
+    how: HowItEnded = "exit"
+    tail: str = ""
+    seconds: float = 0.0
+
+    @property
+    def last_words(self) -> str:
+        """The last error in its output, or its last line."""
+        lines = [line.strip() for line in self.tail.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error:")]
+        return (errors or lines or [""])[-1].removeprefix("error: ")
+
+
+class Attempt:
+    """A job's process. Make one to start it, then ``poll`` until it gives the end.
+
+    The process is the head of a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which
+    then stops its runs in order; and a sweep that is killed leaves its runs alone, to go on to their end.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._started = time.monotonic()
+        self._timed_out = False
+        self._kill_at: float | None = None
+        for path in (job.config_path, job.log):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        _write(job.config_path, job.config)
+        self._log: IO[bytes] = job.log.open("ab")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._log.write(f"--- attempt {job.attempt}, {now}\n".encode())
+        self._log.flush()
+        self._tail_from = self._log.tell()
+        self._process = subprocess.Popen(
+            job.command,
+            env={**os.environ, **job.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
+    def poll(self) -> JobEnd | None:
+        """Return the end, or None while it runs; stops it once its time is up."""
+        code = self._process.poll()
+        now = time.monotonic()
+        if code is None:
+            limit = self.job.timeout_seconds
+            if limit is not None and not self._timed_out and now - self._started > limit:
+                self._timed_out = True
+                self.stop()
+            if self._kill_at is not None and now > self._kill_at:
+                self.kill()
+            return None
+        self._log.close()
+        how: HowItEnded = "timeout" if self._timed_out and code != 0 else "exit"
+        return JobEnd(self.job.run_id, code, how, self._tail(), now - self._started)
+
+    def stop(self) -> None:
+        """Ask it to leave its folder in order and end; it is killed if that takes longer than half a minute."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + _GRACE_SECONDS
+            self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it now, with everything that it started."""
+        self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    def _signal(self, signum: int) -> None:
+        if self._process.poll() is not None:
+            return
+        try:
+            if signum == signal.SIGTERM or not hasattr(os, "killpg"):
+                self._process.send_signal(signum)
+            else:
+                os.killpg(self._process.pid, signum)
+        except ProcessLookupError:
+            pass
+
+    def _tail(self) -> str:
+        with self.job.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._tail_from, size - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+
+def run_job(job: Job) -> JobEnd:
+    """Run a job to its end; for engines whose workers have nothing else to do."""
+    attempt = Attempt(job)
+    try:
+        while (end := attempt.poll()) is None:
+            time.sleep(0.1)
+        return end
+    except BaseException:
+        attempt.kill()
+        raise
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
