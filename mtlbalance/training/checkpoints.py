@@ -9,7 +9,6 @@ end and what they refer to are kept.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from mtlbalance.errors import CheckpointError
 from mtlbalance.training import atomic
 from mtlbalance.training.state import RunState
+from mtlbalance.training.sums import sha256
 
 _KEPT = 2
 _SCHEMA = 2
@@ -69,14 +69,14 @@ class Checkpoints:
             best = self.best_path(state.best.epoch)
             if is_best:
                 content = weights_bytes(state.ema.module)
-                self._best_sum = _sha256(content)
+                self._best_sum = sha256(content)
                 atomic.write_bytes(best, content, sync=False)
             sums[best.name] = self._best_sum
         name = checkpoint_name(state)
         buffer = io.BytesIO()
         torch.save(state.state_dict(), buffer)
         for suffix, content in ((".safetensors", _safetensors(state.weights())), (".pt", buffer.getvalue())):
-            sums[name + suffix] = _sha256(content)
+            sums[name + suffix] = sha256(content)
             atomic.write_bytes(self.folder / (name + suffix), content, sync=False)
         manifest = {"schema": _SCHEMA, "epoch": state.epoch, "step": state.step, "sha256": sums}
         atomic.write_text(self.folder / f"{name}.json", json.dumps(manifest, indent=2) + "\n")
@@ -98,7 +98,7 @@ class Checkpoints:
             content = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        if _sha256(content) != self._best_sum:
+        if sha256(content) != self._best_sum:
             raise CheckpointError(
                 f"the best weights in {path} are not those that were written, so there is no result; put the file "
                 "back from a backup, or use --fresh to set the folder aside and start again"
@@ -162,7 +162,7 @@ class Checkpoints:
             sums: dict[str, str] = content["sha256"]
             files = {name: (self.folder / name).read_bytes() for name in sums}
             for name, expected in sums.items():
-                if _sha256(files[name]) != expected:
+                if sha256(files[name]) != expected:
                     return f"{name} does not have the SHA-256 sum in {manifest.name}"
             if content["schema"] != _SCHEMA:
                 return f"its schema is {content['schema']!r}, made by another version of mtlbalance"
@@ -232,7 +232,3 @@ def _sums(manifest: Path) -> dict[str, str]:
         return dict(json.loads(manifest.read_bytes())["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
         return {}  # damaged since it was written
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -14,6 +14,7 @@ from mtlbalance.plugins.references import build_plugin
 from mtlbalance.slots import MultiTaskData, Sample, TaskSpec
 from mtlbalance.training.batches import count_samples
 from mtlbalance.training.metrics import check_metrics
+from mtlbalance.training.samples import reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,8 @@ def build_data(config: RunConfig) -> MultiTaskData:
             _check_targets(dataset.targets, data.tasks, which)
             _check_classes(dataset.targets, data.tasks, which)
         elif which != "test" or data.validation is None:  # a test set kept apart is read once, at the end
-            _check_targets(dataset[0][1], data.tasks, which)
+            first = next(reading(map(dataset.__getitem__, [0]), config.dataset.name, which))
+            _check_targets(first[1], data.tasks, which)
     return data
 
 

@@ -74,7 +74,12 @@ def is_training_column(name: str) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file."""
-    atomic.write_text(path, json.dumps(strict_json(content), indent=2, allow_nan=False) + "\n")
+    atomic.write_bytes(path, json_bytes(content))
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """Return a JSON file's content."""
+    return (json.dumps(strict_json(content), indent=2, allow_nan=False) + "\n").encode()
 
 
 def strict_json(value: Any) -> Any:

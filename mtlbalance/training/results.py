@@ -17,9 +17,10 @@ from mtlbalance.training.checkpoints import Checkpoints
 from mtlbalance.training.evaluation import predict, score, weight_ema
 from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.model import parameter_counts
-from mtlbalance.training.record import is_training_column, strict_json, write_json
+from mtlbalance.training.record import is_training_column, json_bytes, strict_json
 from mtlbalance.training.samples import reading
 from mtlbalance.training.state import RunState
+from mtlbalance.training.sums import RESULTS, write_sums
 
 if TYPE_CHECKING:
     from mtlbalance.config import RunConfig
@@ -103,5 +104,7 @@ def write_results(
         "wall_seconds": state.wall_seconds + time.perf_counter() - started,
     }
     results = strict_json(results)
-    write_json(run_dir / "results.json", results)
+    content = json_bytes(results)
+    write_sums(run_dir, content)
+    atomic.write_bytes(run_dir / RESULTS, content)
     return results

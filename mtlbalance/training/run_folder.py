@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mtlbalance.errors import RunFolderError
-
-_LOCK = ".lock"
+from mtlbalance.training import atomic
+from mtlbalance.training.lock import LOCK_FILES, FolderLock
+from mtlbalance.training.sums import damaged_files
 
 
 @dataclass
@@ -24,8 +23,7 @@ class RunFolder:
     """A locked run folder."""
 
     path: Path
-    _locks: list[FileLock] = field(default_factory=list)
-    _made: list[Path] = field(default_factory=list)
+    _locks: list[FolderLock] = field(default_factory=list)
 
     @property
     def config_path(self) -> Path:
@@ -48,10 +46,32 @@ class RunFolder:
         return self.results_path.exists() or any((self.path / "checkpoints").glob("epoch_*.json"))
 
     def read_results(self) -> dict[str, Any] | None:
-        """Return the results of a finished run, or None."""
+        """Return the results of a finished run, or None if there are none, or if they are to be made again.
+
+        Results whose files are not what was written are removed with a warning: the checkpoints make them again.
+
+        Raises:
+            RunFolderError: they are damaged, and there is no checkpoint.
+        """
         if not self.results_path.exists():
             return None
-        return self._read_json(self.results_path)
+        damaged = damaged_files(self.path)
+        if not damaged:
+            return self._read_json(self.results_path)
+        named = f"in {self.path}, these files are not what sums.json says they were: {', '.join(damaged)}"
+        if not any((self.path / "checkpoints").glob("epoch_*.json")):
+            raise RunFolderError(
+                f"{named}; and there is no checkpoint to make them again from. Put them back from a backup, or use "
+                "--fresh to set this folder aside"
+            )
+        warnings.warn(
+            f"{named}; the results are made again from the last checkpoint",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        with atomic.writing(self.results_path):
+            self.results_path.unlink()
+        return None
 
     def check_config(self, resolved_toml: str, *, free_keys: AbstractSet[str]) -> None:
         """Raise RunFolderError if the folder was made from another config, or is not a run's at all.
@@ -104,15 +124,16 @@ class RunFolder:
         number = 1
         while (old := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
+        self._locks[-1].forget()
         try:
             self.path.rename(old)
-            self._lock()
         except OSError as error:
             raise RunFolderError(f"cannot set {self.path} aside as {old}: {error}") from error
+        self._locks.append(FolderLock(self.path))
         return old
 
     def _entries(self) -> list[str]:
-        return sorted(entry.name for entry in self.path.iterdir() if entry.name != _LOCK)
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name not in LOCK_FILES)
 
     def _not_a_run(self) -> RunFolderError:
         return RunFolderError(
@@ -136,26 +157,9 @@ class RunFolder:
                 + "\nchoose another run.name or --out, or use --fresh to set the old run aside"
             )
 
-    def _lock(self) -> None:
-        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / _LOCK)
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunFolderError(
-                f"{self.path} is in use by another process; wait for it, or choose another folder with --out"
-            ) from error
-        except (OSError, NotImplementedError) as error:
-            raise RunFolderError(f"cannot write to the run folder {self.path}: {error}") from error
-        self._locks.append(lock)
-
     def _release(self) -> None:
         if not self.config_path.exists():  # nothing came of this run: leave no trace of it
-            with contextlib.suppress(OSError):
-                (self.path / _LOCK).unlink(missing_ok=True)
-                for folder in self._made:
-                    folder.rmdir()
+            self._locks[-1].remove()
         for lock in self._locks:
             lock.release()
 
@@ -167,8 +171,7 @@ def open_run_folder(path: Path) -> Iterator[RunFolder]:
     Raises:
         RunFolderError: it cannot be written, or another process is using it.
     """
-    folder = RunFolder(path)
-    folder._lock()
+    folder = RunFolder(path, [FolderLock(path)])
     try:
         yield folder
     finally:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ def plugin(configure: Configure) -> Iterator[Any]:
     module.interrupt_after = None
     module.observer_fails_in = ""
     module.data_source, module.input_shift = "made-up", 0.0
-    module.unreadable_after = None
+    module.unreadable_after = module.damage_after = module.hangs_at = None
     module.signal_in.clear()
 
 
@@ -92,3 +93,21 @@ def read_csv() -> Callable[..., list[dict[str, str]]]:
             ]
 
     return read
+
+
+@pytest.fixture
+def assert_same(read_csv: Callable[..., list[dict[str, str]]]) -> Callable[..., None]:
+    """Returns ``assert_same(folder, other, drop=())``: two runs agree in all but how long things took."""
+
+    def check(first: Path, second: Path, drop: tuple[str, ...] = ()) -> None:
+        assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+        assert (first / "gradient_stats.csv").read_bytes() == (second / "gradient_stats.csv").read_bytes()
+        rows = [read_csv(folder / "metrics.csv", ("seconds",)) for folder in (first, second)]
+        assert rows[0] == rows[1]
+        results = [json.loads((folder / "results.json").read_text()) for folder in (first, second)]
+        for found in results:
+            for key in ("wall_seconds", *drop):
+                del found[key]
+        assert results[0] == results[1]
+
+    return check

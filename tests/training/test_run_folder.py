@@ -106,12 +106,14 @@ def test_two_processes_cannot_share_a_folder(configure: Any, plugin: Any, tmp_pa
     assert holder.stdout is not None
     assert holder.stdout.readline() == "locked\n"
     for fresh in (False, True):
-        with pytest.raises(RunFolderError, match="in use by another process") as caught:
+        held_by = rf"in use by another process \(pid {holder.pid} on \S+, since 20\d\d-\S+\); wait for it"
+        with pytest.raises(RunFolderError, match=held_by) as caught:
             run_training(configure(), out=out, fresh=fresh, quiet=True)
         assert caught.value.exit_code == 2
     holder.communicate("")
     assert holder.returncode == 0
     assert run_training(configure("training.epochs=1"), out=out, quiet=True).status == "finished"
+    assert not (out / ".holder.json").exists()
 
 
 def test_a_killed_holder_leaves_no_lock(configure: Any, plugin: Any, tmp_path: Path) -> None:
@@ -124,6 +126,7 @@ def test_a_killed_holder_leaves_no_lock(configure: Any, plugin: Any, tmp_path: P
     holder.stdout.readline()
     holder.kill()
     holder.communicate()
+    assert (out / ".holder.json").exists()  # a note of the dead, which nobody believes
     assert run_training(configure("training.epochs=1"), out=out, quiet=True).status == "finished"
 
 

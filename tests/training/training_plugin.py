@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import random
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,9 @@ observer_fails_in = ""
 data_source = "made-up"
 input_shift = 0.0
 unreadable_after: int | None = None  # training samples
+damage_after: tuple[int, str] | None = None  # epoch, file
+hangs_at: int | None = None
+run_folder: Path | None = None
 signal_in: dict[str, int] = {}  # where -> the signal that this process then sends itself, once
 
 
@@ -58,6 +62,10 @@ class Items(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         reads[self.which] = reads.get(self.which, 0) + 1
         trace.append(("fetch", self.which))
+        send_signal(f"{self.which} sample {index}")
+        if index == hangs_at and reads[self.which] > 1:  # the first is read to see that targets fit
+            Path("hanging" if run_folder is None else run_folder / "hanging").touch()
+            time.sleep(60)
         if self.which == "train" and unreadable_after is not None and reads["train"] > unreadable_after:
             raise OSError(5, "Input/output error", "shard-7")
         inputs, targets, meta = self.tensors[index]
@@ -76,8 +84,9 @@ class PairsOptions(PluginConfig):
     nan_loss_in_epoch: int | None = None
     noise: float = 0.0
     nan_input_at: int | None = None
+    hangs_at: int | None = None
     huge_gradient: bool = False
-    huge_loss: Literal["", "loss", "evaluation"] = ""
+    huge: Literal["", "loss", "evaluation"] = ""
     key_metric: str = "level_rmse"
     constant_metric: bool = False
     spoil: str = ""
@@ -87,7 +96,7 @@ def pair_tasks(options: PairsOptions) -> tuple[TaskSpec, ...]:
     level_loss: Any = "mse" if options.nan_loss_in_epoch is None else NanInEpoch(options)
     if options.huge_gradient:
         level_loss = huge_gradient
-    if options.huge_loss == "loss":
+    if options.huge == "loss":
         level_loss = needs_too_much
     return (
         TaskSpec("level", "regression", level_loss, metrics=("rmse", "mae", "r2")),
@@ -105,6 +114,11 @@ def needs_too_much(prediction: Tensor, target: Tensor) -> Tensor:
     return prediction - target
 
 
+def evaluates_too_much(*_: Any) -> dict[str, float]:
+    torch.empty(2**50)
+    return {}
+
+
 class NanInEpoch:
     """An MSE that is NaN in the second batch (of 16) of one epoch."""
 
@@ -119,7 +133,9 @@ class NanInEpoch:
 
 
 def build_pairs(options: PairsOptions) -> MultiTaskData:
+    global hangs_at
     send_signal("data")
+    hangs_at = options.hangs_at
     dtype = torch.float64 if options.float64 else torch.float32
     generator = torch.Generator().manual_seed(7)
     direction = torch.randn(4, generator=generator, dtype=dtype)
@@ -162,7 +178,7 @@ def build_pairs(options: PairsOptions) -> MultiTaskData:
         tasks=tasks,
         inputs=InputSpec((4,), "4 features"),
         key_metric="constant" if options.constant_metric else options.key_metric,
-        evaluate=evaluate,
+        evaluate=evaluates_too_much if options.huge == "evaluation" else evaluate,
         protocol="honest" if options.validation else "paper",
         data_source=data_source,
         facts={"engines": 3},
@@ -175,6 +191,8 @@ def evaluate(
 ) -> dict[str, float]:
     trace.append(("evaluate", len(meta["row"])))
     send_signal("evaluation")
+    if len(meta["row"]) == 30:
+        send_signal("test set")
     in_order = bool((meta["row"] == torch.arange(len(meta["row"]))).all())
     return {"samples": len(targets["level"]), "in_order": float(in_order), "constant": 1.0}
 
@@ -185,6 +203,22 @@ class NetOptions(PluginConfig):
     dropout: float = 0.2
     float64: bool = False
     frozen: bool = False
+    huge: Literal["", "forward", "backward"] = ""
+
+
+class Huge(nn.Module):
+    """Asks for more memory than there is."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.where == "forward":
+            torch.empty(2**50)
+        if inputs.requires_grad:
+            inputs.register_hook(lambda _: torch.empty(2**50) and None)  # type: ignore[no-untyped-call]
+        return inputs
 
 
 class Net(nn.Module):
@@ -198,6 +232,8 @@ class Net(nn.Module):
         layers.append(nn.Tanh())
         if options.dropout:
             layers.append(nn.Dropout(options.dropout))
+        if options.huge:
+            layers.append(Huge(options.huge))
         self.trunk = nn.Sequential(*layers)
         self.feature_size = options.width
         if options.float64:
@@ -284,12 +320,19 @@ def register_balancers() -> list[BalancerRegistration]:
 
 @hookimpl
 def on_run_start(run_dir: Path, config: Mapping[str, Any]) -> None:
+    global run_folder
+    run_folder = run_dir
     trace.append(("on_run_start", config["run"]["name"]))
+    if observer_fails_in == "on_run_start":
+        raise ValueError("the tracker is away")
 
 
 @hookimpl
 def on_epoch_end(run_dir: Path, epoch: int, metrics: Mapping[str, float]) -> None:
     trace.append(("on_epoch_end", epoch, sorted(path.name for path in (run_dir / "checkpoints").iterdir())))
+    if damage_after is not None and epoch == damage_after[0]:
+        target = run_dir / "checkpoints" / damage_after[1]
+        target.write_bytes(target.read_bytes()[:-1] + b"\xff")
     if observer_fails_in == "on_epoch_end":
         raise ValueError("the tracker is away")
     if interrupt_after is not None and epoch >= interrupt_after:
@@ -299,3 +342,5 @@ def on_epoch_end(run_dir: Path, epoch: int, metrics: Mapping[str, float]) -> Non
 @hookimpl
 def on_run_end(run_dir: Path, results: Mapping[str, Any]) -> None:
     trace.append(("on_run_end", results["best_epoch"], (run_dir / "results.json").exists()))
+    if observer_fails_in == "on_run_end":
+        raise ValueError("the tracker is away")
