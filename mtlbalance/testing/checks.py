@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from mtlbalance.errors import NonFiniteWarning, did_you_mean
+from mtlbalance.errors import NonFiniteWarning, PluginError, did_you_mean
 from mtlbalance.testing.expectations import where
 from mtlbalance.testing.generators import kept_generators
 
@@ -102,7 +102,10 @@ class Check(Generic[S]):
             except AssertionError as error:
                 return Outcome(self.name, self.promise, "broken", str(error) or where(error), error)
             except Exception as error:
-                finding = f"it raised {type(error).__name__}: {error} ({where(error)})"
+                place = (
+                    "" if isinstance(error, PluginError) else f" ({where(error)})"
+                )  # its text has the place
+                finding = f"it raised {type(error).__name__}: {error}{place}"
                 return Outcome(self.name, self.promise, "broken", finding, error)
         return Outcome(self.name, self.promise, "kept")
 

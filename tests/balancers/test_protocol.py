@@ -7,7 +7,7 @@ import pytest
 
 from mtlbalance.plugins.manager import load_plugins
 from mtlbalance.testing import BALANCER_CHECKS, BalancerCase, Check
-from mtlbalance.testing.registered import registered_balancer
+from mtlbalance.testing.balancers.registered import registered_balancer
 
 REGISTRY = load_plugins(entry_points=False)
 BALANCERS = REGISTRY.names("balancer")

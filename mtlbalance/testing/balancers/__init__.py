@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from mtlbalance.plugins.registrations import BalancerRegistration
 from mtlbalance.testing.balancers import absent, calls, gradients, nonfinite, state, weights
 from mtlbalance.testing.balancers.case import BalancerCase
+from mtlbalance.testing.balancers.registered import registered_balancer
 from mtlbalance.testing.checks import Checks, Report
 
 BALANCER_CHECKS: Checks[BalancerCase] = Checks(
     calls.CHECKS, weights.CHECKS, absent.CHECKS, gradients.CHECKS, nonfinite.CHECKS, state.CHECKS
 )
 
-__all__ = ["BALANCER_CHECKS", "BalancerCase", "check_balancer"]
+__all__ = ["BALANCER_CHECKS", "BalancerCase", "check_balancer", "registered_balancer"]
 
 
 def check_balancer(
-    make: Callable[..., Any], *, only: Collection[str] | None = None, skip: Collection[str] = ()
+    make: Callable[..., Any] | BalancerRegistration,
+    options: Mapping[str, Any] | None = None,
+    *,
+    only: Collection[str] | None = None,
+    skip: Collection[str] = (),
 ) -> Report:
     """Hold a balancer to everything that mtlbalance promises of every balancer.
 
@@ -28,6 +34,8 @@ def check_balancer(
         make: ``make(tasks) -> Balancer``: your class, or a function that fixes options. Where its signature names
             ``warmup_steps``, ``update_every``, ``delivery``, ``beta`` or ``max_weight``, the checks vary them; a
             function that does not should fix a short warm-up, or the checks see little else.
+            It may also be the registration of a plugin, built as a config does.
+        options: of a registration, by name, as in a config's ``[balancer]``. The checks' tasks are called a, b, c …
         only: the names of the checks to run; default: all.
         skip: the names of checks to leave out.
 
@@ -44,6 +52,11 @@ def check_balancer(
         >>> [(outcome.check, outcome.status) for outcome in report.outcomes]
         [('can_be_made', 'kept'), ('eval_moves_nothing', 'kept'), ('copies_go_on_alike', 'kept')]
     """
-    subject = getattr(make, "__name__", type(make).__name__)
-    outcomes = tuple(BALANCER_CHECKS.examine(BalancerCase(make), only=only, skip=skip))
+    if isinstance(make, BalancerRegistration):
+        subject, case = make.name, registered_balancer(make, options)
+    else:
+        subject, case = getattr(make, "__name__", type(make).__name__), BalancerCase(make)
+        if options:
+            raise TypeError("options are for a registration; a function fixes its own")
+    outcomes = tuple(BALANCER_CHECKS.examine(case, only=only, skip=skip))
     return Report(subject, outcomes).raise_if_broken()
