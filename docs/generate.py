@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from mtlbalance.balancers.base import Balancer
-from mtlbalance.balancers.facts import method_facts
+from mtlbalance.balancers.facts import FACT_HEADINGS, method_facts
 from mtlbalance.plugins.manager import load_plugins
 from mtlbalance.plugins.references import resolve_build
 from mtlbalance.slots import TaskSpec
@@ -56,18 +56,8 @@ def with_block(text: str, name: str, content: str) -> str:
 def main() -> int:
     """Write or check both files; return the exit code."""
     short = {"summary": "what it does", "reads": "reads", "passes": "passes", "heads": "heads"}
-    long = {
-        "reads": "reads",
-        "passes": "trunk passes",
-        "memory": "extra memory (trunk gradients)",
-        "host": "copied to the host",
-        "heads": "heads get",
-        "sum": "weights sum to",
-        "state": "state beyond the base's",
-        "learned": "learned parameters",
-    }
     stale = []
-    for path, columns in ((ROOT / "README.md", short), (ROOT / "docs" / "methods.md", long)):
+    for path, columns in ((ROOT / "README.md", short), (ROOT / "docs" / "methods.md", FACT_HEADINGS)):
         before = path.read_text(encoding="utf-8")
         after = with_block(before, "methods", table(columns))
         if before != after:

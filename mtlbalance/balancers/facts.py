@@ -8,6 +8,18 @@ from mtlbalance.balancers.gradient_balancer import GradientBalancer
 _OF_EVERY_BALANCER = {"applied_weights", "nonfinite_calls", "solved_present"}
 
 
+FACT_HEADINGS = {
+    "reads": "reads",
+    "passes": "trunk passes",
+    "memory": "extra memory (trunk gradients)",
+    "host": "copied to the host",
+    "heads": "heads get",
+    "sum": "weights sum to",
+    "state": "state beyond the base's",
+    "learned": "learned parameters",
+}
+
+
 def method_facts(balancer: Balancer) -> dict[str, str]:
     """Return what a method reads, costs and keeps, by the column of a table.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,21 @@ def stdout_console() -> Console:
     if not console.is_terminal and console.width == 80:
         console.width = _PIPE_WIDTH
     return console
+
+
+def hanging(line: str, width: int) -> str:
+    r"""Return an indented line wrapped at words, its further lines indented as it is and by two more.
+
+    >>> hanging("    a = b + c", 10).split("\n")
+    ['    a = b', '      + c']
+    """
+    indent = line[: len(line) - len(line.lstrip())]
+    if len(line) <= width:
+        return line
+    further = f"{indent}  " if indent else ""
+    return textwrap.fill(
+        line.strip(), width, initial_indent=indent, subsequent_indent=further, break_long_words=False
+    )
 
 
 @contextmanager

@@ -5,45 +5,34 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import typer
 from pydantic.fields import FieldInfo
 from rich.table import Table
 
+from mtlbalance.cli import plugin_check
 from mtlbalance.cli.configs import JsonOption
-from mtlbalance.cli.output import print_json, stdout_console, stdout_for_results
+from mtlbalance.cli.output import hanging, print_json, stdout_console
+from mtlbalance.cli.plugin_choice import NameArgument, PluginOption, SlotOption, check_slot, find, load
 from mtlbalance.config.validation import describe_range
-from mtlbalance.errors import PluginError, did_you_mean
-from mtlbalance.plugins import PluginRegistry, Registration, Slot, import_reference, load_plugins
+from mtlbalance.errors import MtlBalanceError
+from mtlbalance.plugins import Registration, TaskSpec, build_plugin, import_reference
 from mtlbalance.plugins.registrations import BalancerRegistration, FromClass
 
-app = typer.Typer(help="Discover plugins and their options.", no_args_is_help=True)
+_DOCSTRING_WIDTH = 100  # a line that ends before was meant to end
+_LABEL = re.compile(r"[A-Z][\w ,]*: ")  # as in "State: none"
 
-SlotOption = Annotated[
-    str | None, typer.Option("--slot", help=f"Only this slot: {', '.join(get_args(Slot))}.")
-]
-
-PluginOption = Annotated[
-    list[str] | None,
-    typer.Option("--plugin", help="A plugin that is not installed: a path, or a module in this folder."),
-]
-
-
-def _check_slot(slot: str | None) -> None:
-    if slot is not None and slot not in get_args(Slot):
-        slots = ", ".join(get_args(Slot))
-        raise typer.BadParameter(
-            f"unknown slot {slot!r}{did_you_mean(slot, get_args(Slot))} (slots: {slots})"
-        )
+app = typer.Typer(help="Discover, check and write plugins.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_plugins(slot: SlotOption = None, listed: PluginOption = None, as_json: JsonOption = False) -> None:
     """List every dataset, backbone and balancer, and the plugins that are broken."""
-    _check_slot(slot)
-    rows = [row for row in _load(listed).rows() if slot in (None, row.slot) or row.status == "broken"]
+    check_slot(slot)
+    rows = [row for row in load(listed).rows() if slot in (None, row.slot) or row.status == "broken"]
     if as_json:
         print_json([asdict(row) for row in rows])
         return
@@ -63,18 +52,18 @@ def list_plugins(slot: SlotOption = None, listed: PluginOption = None, as_json: 
 
 @app.command("describe")
 def describe(
-    name: Annotated[str, typer.Argument(help="A plugin's name, such as gaba.", show_default=False)],
+    name: NameArgument,
     slot: SlotOption = None,
     listed: PluginOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a plugin is and every option that it takes."""
-    _check_slot(slot)
-    registry = _load(listed)
-    registration = _find(registry, name, slot)
+    check_slot(slot)
+    registry = load(listed)
+    registration = find(registry, name, slot)
     origin = registry.origin(registration.slot, name)
     options = [_option(key, field) for key, field in registration.config.model_fields.items()]
-    about = _about(registration)
+    about, facts = _about(registration), _facts(registration)
     if as_json:
         document = {
             "slot": registration.slot,
@@ -83,6 +72,7 @@ def describe(
             "plugin": origin.plugin,
             "version": origin.version,
             "about": about,
+            "facts": facts,
             "options": options,
         }
         print_json(document)
@@ -91,42 +81,25 @@ def describe(
     console.print(f"{registration.slot} {name}: {registration.summary}", markup=False, style="bold")
     console.print(f"plugin: {origin}", markup=False)
     if about:
-        console.print(f"\n{about}", markup=False)
+        console.print()
+        for line in about.split("\n"):
+            console.print(hanging(line, console.width), markup=False, soft_wrap=True)
+    if facts:
+        console.print()
+        console.print(_pairs(facts.items()))
     console.print()
     if not options:
         console.print("It takes no options.")
         return
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column()
+    rows: list[tuple[str, str]] = []
     for option in options:
         kind = f"{option['type']} {option['range']}".strip()
         default = "required" if option["required"] else f"default {option['default_text']}"
-        table.add_row(option["name"], _literal(f"{kind}; {default}"))
-        table.add_row("", f"[dim]{_literal(option['description'])}[/]")
-    console.print(table)
+        rows += [(option["name"], f"{kind}; {default}"), ("", option["description"])]
+    console.print(_pairs(rows))
 
 
-def _load(listed: list[str] | None) -> PluginRegistry:
-    with stdout_for_results():
-        return load_plugins(listed or [])
-
-
-def _find(registry: PluginRegistry, name: str, slot: str | None) -> Registration:
-    if slot is not None:
-        return registry.get(slot, name)
-    slots = [candidate for candidate in get_args(Slot) if name in registry.names(candidate)]
-    if len(slots) > 1:
-        raise PluginError(f"{name!r} names a {' and a '.join(slots)}; choose with --slot")
-    if slots:
-        return registry.get(slots[0], name)
-    names = [known for candidate in get_args(Slot) for known in registry.names(candidate)]
-    for broken in registry.broken:
-        if broken.name == name or broken.listed_index is not None:
-            raise PluginError(str(broken))
-    raise PluginError(
-        f"no plugin is called {name!r}{did_you_mean(name, names)}\navailable: {', '.join(names)}"
-    )
+app.command("check")(plugin_check.check)
 
 
 def _about(registration: Registration) -> str:
@@ -141,7 +114,51 @@ def _about(registration: Registration) -> str:
             skipping = line in ("Args:", "Example:")  # the options follow, from the config model
         if not skipping:
             kept.append(line.replace("``", ""))
-    return "\n".join(kept).strip()
+    return _unwrapped("\n".join(kept).strip())
+
+
+def _unwrapped(text: str) -> str:
+    """Join the lines of prose that were broken for want of room, so that a terminal can wrap them to its own width."""
+    joined: list[str] = []
+    last = ""  # the line before, as it was written
+    for line in text.split("\n"):
+        no_room = len(last) + 1 + len(line.split(" ")[0]) > _DOCSTRING_WIDTH
+        is_prose = line and last and not line.startswith(" ") and not last.startswith(" ")
+        if is_prose and no_room and not _LABEL.match(line):
+            joined[-1] += f" {line}"
+        else:
+            joined.append(line)
+        last = line
+    return "\n".join(joined)
+
+
+def _facts(registration: Registration) -> dict[str, str]:
+    """Return what a balancer reads, costs and keeps, read off an instance with its default options."""
+    if registration.slot != "balancer":
+        return {}
+    from mtlbalance.balancers.facts import FACT_HEADINGS, method_facts
+
+    tasks = [TaskSpec(name, "regression", "mse") for name in ("a", "b")]
+    stand_ins: dict[Any, Any] = {str: "a", int: 1, float: 1.0, bool: False}
+    required = {
+        name: stand_ins.get(field.annotation)
+        for name, field in registration.config.model_fields.items()
+        if field.is_required()
+    }
+    try:
+        facts = method_facts(build_plugin(registration, registration.config(**required), tasks))
+    except (MtlBalanceError, ValueError):  # it cannot be built for tasks called a and b
+        return {}
+    return {heading: facts[key] for key, heading in FACT_HEADINGS.items()}
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, _literal(value), style="" if name else "dim")
+    return table
 
 
 def _option(name: str, field: FieldInfo) -> dict[str, Any]:

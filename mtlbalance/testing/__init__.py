@@ -1,7 +1,7 @@
 """The conformance kit for authors of plugins, the same that our own tests run."""
 
 from mtlbalance.testing.backbones import BACKBONE_CHECKS, BackboneCase, check_backbone
-from mtlbalance.testing.balancers import BALANCER_CHECKS, BalancerCase, check_balancer
+from mtlbalance.testing.balancers import BALANCER_CHECKS, BalancerCase, check_balancer, registered_balancer
 from mtlbalance.testing.checks import Check, Checks, ConformanceError, Outcome, Report
 from mtlbalance.testing.datasets import DATASET_CHECKS, DatasetCase, check_dataset
 
@@ -20,4 +20,5 @@ __all__ = [
     "check_backbone",
     "check_balancer",
     "check_dataset",
+    "registered_balancer",
 ]
