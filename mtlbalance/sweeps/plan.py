@@ -160,7 +160,9 @@ class _Planner:
                     self.problems.setdefault(problem, []).append(run_id)
                 continue
             runs.append(PlannedRun(run_id, coordinates, config))
-            self.notices |= dict.fromkeys(config.notices)
+            # A point of an axis that names another plugin replaces the base's: that is what it is for.
+            mine = tuple(self.overrides)
+            self.notices |= dict.fromkeys(text for text in config.notices if text.startswith(mine))
         if num_runs == 0:
             self.problem("every run is excluded", self.sweep.document.place(("exclude",), "key"))
         if self.problems:
@@ -197,7 +199,7 @@ class _Planner:
     def config(self, overrides: Sequence[Override], levels: Sequence[str]) -> RunConfig:
         name = "-".join([self.sweep.name, *levels])
         named = Override(("run", "name"), name, Place("the sweep's own name for a run"), f"run.name={name}")
-        return load_config(self.sweep.base, [*overrides, named, *self.overrides])
+        return load_config(self.sweep.base, [*self.sweep.overrides, *overrides, named, *self.overrides])
 
     def note_equal_runs(self, runs: Sequence[PlannedRun]) -> None:
         first: dict[str, str] = {}

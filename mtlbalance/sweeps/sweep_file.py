@@ -13,7 +13,7 @@ from mtlbalance.config.document import SLOTS, Document, read_document
 from mtlbalance.config.validation import show
 from mtlbalance.errors import did_you_mean
 
-_KEYS = ("base", "name", "axes", "exclude", "engine")
+_KEYS = ("base", "name", "overrides", "axes", "exclude", "engine")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 RESERVED_FOLDERS = ("configs", "logs")
 
@@ -71,6 +71,7 @@ class SweepFile:
     path: Path
     base: Path
     name: str
+    overrides: tuple[Override, ...]
     axes: tuple[Axis, ...]
     exclusions: tuple[Exclusion, ...]
     document: Document = field(repr=False)
@@ -111,13 +112,14 @@ class _Reader:
             )
         if not isinstance(self.data.get("engine", {}), dict):
             self.problem("'engine' must be a section", self.document.place(("engine",)))
+        overrides = self.common_overrides()
         axes = tuple(self.axes())
-        self.check_overlaps(axes)
+        self.check_overlaps(overrides, axes)
         exclusions = tuple(self.exclusions(axes))
         if self.problems:
             self.problems.sort(key=lambda found: (found.place.line, found.place.column))
             raise InvalidConfigError(self.problems)
-        return SweepFile(path, base, name, axes, exclusions, self.document)
+        return SweepFile(path, base, name, overrides, axes, exclusions, self.document)
 
     def problem(self, message: str, place: Place, advice: str = "") -> None:
         self.problems.append(LocatedProblem(message, place, advice))
@@ -145,6 +147,17 @@ class _Reader:
                 return found
             self.problem(f"there is no config {found}", place, "base is relative to the sweep file")
         return Path()
+
+    def common_overrides(self) -> tuple[Override, ...]:
+        table = self.data.get("overrides", {})
+        if not isinstance(table, dict):
+            self.problem(
+                f"'overrides' must be a table, not {show(table)}",
+                self.document.place(("overrides",)),
+                "such as overrides = { training.epochs = 40 }, for every run",
+            )
+            return ()
+        return tuple(self.overrides(("overrides",), table))
 
     def axes(self) -> Iterator[Axis]:
         axes = self.data.get("axes")
@@ -214,16 +227,16 @@ class _Reader:
             if axis.folder(label) in RESERVED_FOLDERS:
                 self.problem(f"{label!r} is the name of a folder that every sweep has", place)
 
-    def check_overlaps(self, axes: Sequence[Axis]) -> None:
+    def check_overlaps(self, overrides: Sequence[Override], axes: Sequence[Axis]) -> None:
         """Two axes that set the same option would overrule each other."""
-        first: dict[str, str] = {}
+        first = {".".join(override.keys): "overrides" for override in overrides}
         for axis in axes:
             for key in axis.keys:
                 if key in first:
                     self.problem(
-                        f"axes {first[key]!r} and {axis.name!r} both set {key!r}",
+                        f"{first[key]!r} and axis {axis.name!r} both set {key!r}",
                         self.document.place(("axes", axis.name), "key"),
-                        "set it in one of them, or make one axis of both",
+                        "set it in one of them",
                     )
                 first.setdefault(key, axis.name)
 

@@ -12,7 +12,8 @@ from mtlbalance_cmapss.config import CmapssConfig, CnnBiLstmAttentionConfig
 from mtlbalance.config import load_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cmapss"
-CONFIGS = sorted(path for path in EXAMPLE.glob("*.toml") if path.name != "pyproject.toml")
+SWEEPS = {"paper_table", "fixed_weight_sweep"}  # see test_sweeps.py
+CONFIGS = sorted(path for path in EXAMPLE.glob("*.toml") if path.stem not in {"pyproject", *SWEEPS})
 
 
 def test_the_configs_are_all_there() -> None:

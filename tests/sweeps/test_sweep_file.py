@@ -21,6 +21,7 @@ SWEEP = """
     base = "study.toml"
     name = "table"
     exclude = [{ method = ["fixed", "slow"], seed = 2 }]
+    overrides = { training.patience = 7 }
     [axes]
     size = [{ training.batch_size = 16 }, { training.batch_size = 32, label = "large" }]
     seed = [{ run.seed = 1 }, { run.seed = 2 }]
@@ -74,6 +75,7 @@ def test_every_run_has_its_config(write: Write) -> None:
     assert (slow["run"]["seed"], slow["run"]["name"]) == (1, "table-large-seed_1-slow")
     assert "beta" not in configs["large/seed_1/fixed"]["balancer"]
     assert {config["training"]["epochs"] for config in configs.values()} == {3}
+    assert {config["training"]["patience"] for config in configs.values()} == {7}
 
 
 def test_a_plan_is_written_and_read_back(write: Write, tmp_path: Path) -> None:
@@ -174,7 +176,15 @@ def test_a_wrong_override_of_some_runs_names_them(write: Write) -> None:
         ),
         (
             'base = "study.toml"\naxes.a = [{ run.seed = 1 }]\naxes.b = [{ run.seed = 2 }]',
-            ["axes 'a' and 'b' both set 'run.seed'"],
+            ["'a' and axis 'b' both set 'run.seed'"],
+        ),
+        (
+            'base = "study.toml"\noverrides.run.seed = 3\naxes.a = [{ run.seed = 1 }]',
+            ["'overrides' and axis 'a' both set 'run.seed'"],
+        ),
+        (
+            'base = "study.toml"\noverrides = 3\naxes.a = [{ run.seed = 1 }]',
+            ["'overrides' must be a table, not 3"],
         ),
         (
             'base = "study.toml"\nexclude = [{ b = 1 }, { a = 3 }]\naxes.a = [{ run.seed = 1 }]',
