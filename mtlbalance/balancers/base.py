@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtlbalance.balancers.checks import one_of, task_names
 from mtlbalance.balancers.delivery import weighted_sum
-from mtlbalance.balancers.losses import check_sample_weights, name_losses, reduce_losses
+from mtlbalance.balancers.losses import check_sample_weights, name_losses, no_losses, reduce_losses
 from mtlbalance.balancers.ranks import Ranks, active_ranks
 from mtlbalance.balancers.signals import Signals
 from mtlbalance.balancers.state import TaskState
@@ -34,6 +34,8 @@ class Call:
         losses_K: the same, detached, 0 where absent.
         present_K: True where this rank has the task.
         signals: what loss-reading methods weigh, already averaged over ranks.
+        zeros: 0-d zeros on the graphs of tasks without labels on this rank. DistributedDataParallel waits for
+            a gradient of their heads, so one of zero is delivered. Empty without ranks.
         ranks: the ranks to agree with, or None.
         counts_K: how many ranks have each task, or None without ranks.
         shared_params, model, retain_graph: as given.
@@ -42,6 +44,7 @@ class Call:
     losses: dict[int, Tensor]
     losses_K: Tensor
     present_K: Tensor
+    zeros: list[Tensor]
     signals: Signals
     ranks: Ranks | None
     counts_K: Tensor | None
@@ -57,6 +60,10 @@ class Call:
         if self.ranks is None or self.counts_K is None:
             return weights_K
         return weights_K * (self.ranks.size / self.counts_K.clamp(min=1.0)).to(weights_K.dtype)
+
+    def weighted_sum(self, weights_K: Tensor) -> Tensor:
+        """Return Σ w_k·L_k on this rank, differentiable, with the weights for gradients that ranks will average."""
+        return weighted_sum(self.losses, self.local_weights(weights_K), self.zeros)
 
     def value(self, weights_K: Tensor) -> Tensor:
         """Return Σ w_k·L_k on this rank, detached."""
@@ -152,7 +159,9 @@ class Balancer(TaskState, ABC):
 
         Args:
             losses: a mapping task name -> loss, or one loss a task in task order. 0-d, or per sample (B,),
-                then reduced as mean(w·l). Missing, None or empty: the task is absent in this batch.
+                then reduced as mean(w·l). Missing, None or empty: the task is absent in this batch. Over ranks,
+                give an absent task's empty loss (``loss[mask]``): its head then gets the zero gradient that
+                DistributedDataParallel waits for, and a rank without any task still takes part.
             shared_params: parameters (iterable or module) or representation tensor(s) whose task gradients
                 are read; ignored by methods that read none.
             model: discovers the shared parameters where ``shared_params`` is None.
@@ -165,20 +174,26 @@ class Balancer(TaskState, ABC):
             A 0-d tensor of value Σ applied·loss on this rank, for ``backward()`` and for logging. In
             ``eval()`` or without gradients: the same with the current weights, and no state change.
         """
-        present = name_losses(losses, self.tasks)
+        training = self.training and torch.is_grad_enabled()
+        present, empty = name_losses(losses, self.tasks)
+        several_ranks = active_ranks(self.process_group) is not None
+        zeros = [loss.sum() for loss in empty if loss.requires_grad] if training and several_ranks else []
+        if not present and not zeros:
+            raise no_losses(self.tasks, several_ranks=several_ranks)
         weights = self.sample_weights_of(present, check_sample_weights(sample_weights, self.tasks), context)
         reduced = {self.tasks.index(task): loss for task, loss in reduce_losses(present, weights).items()}
-        losses_K, present_K = self._stack(reduced)
-        if not (self.training and torch.is_grad_enabled()):
+        losses_K, present_K = self._stack(reduced, zeros)
+        if not training:
             return self._eval_call(reduced, present_K)
-        return self._train_call(
-            self._digest(reduced, losses_K, present_K, shared_params, model, retain_graph)
-        )
+        call = self._digest(reduced, losses_K, present_K, zeros, shared_params, model, retain_graph)
+        if not reduced and not bool(call.signals.present_K.any()):
+            return call.weighted_sum(losses_K)  # no rank has any task: nothing moves
+        return self._train_call(call)
 
     def _train_call(self, call: Call) -> Tensor:
         """Weigh without gradients and deliver by weighted sum."""
         weights_K = self._apply_weights(call.signals)
-        total = weighted_sum(call.losses, call.local_weights(weights_K))
+        total = call.weighted_sum(weights_K)
         if call.ranks is None:
             return total
         return total + (call.value(weights_K) - total.detach())  # the value without N/n, the gradient with it
@@ -200,9 +215,9 @@ class Balancer(TaskState, ABC):
             self._warn_nonfinite()
         return weights_K
 
-    def _stack(self, losses: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def _stack(self, losses: Mapping[int, Tensor], zeros: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Return the detached losses and the presence of each task, following the losses to their device."""
-        first = next(iter(losses.values()))
+        first = next(iter([*losses.values(), *zeros]))
         if self.applied_weights.device != first.device:
             with torch.inference_mode(False):  # state made under inference_mode could never be updated again
                 self.to(first.device)
@@ -221,6 +236,7 @@ class Balancer(TaskState, ABC):
         losses: dict[int, Tensor],
         losses_K: Tensor,
         present_K: Tensor,
+        zeros: list[Tensor],
         shared_params: Any,
         model: nn.Module | None,
         retain_graph: bool,
@@ -231,7 +247,9 @@ class Balancer(TaskState, ABC):
             read_K, counts_K = ranks.mean_losses(losses_K, present_K)
             anywhere_K = counts_K > 0
         signals = Signals(read_K, anywhere_K, None, torch.isfinite(read_K).all())
-        return Call(losses, losses_K, present_K, signals, ranks, counts_K, shared_params, model, retain_graph)
+        return Call(
+            losses, losses_K, present_K, zeros, signals, ranks, counts_K, shared_params, model, retain_graph
+        )
 
     # ------------------------------------------------------------------ read-outs
     def report(self) -> dict[str, dict[str, float]]:

@@ -17,9 +17,9 @@ from mtlbalance.balancers.signals import Gradients
 from mtlbalance.errors import GraphConsumedError
 
 
-def weighted_sum(losses: Mapping[int, Tensor], weights_K: Tensor) -> Tensor:
-    """Return Σ w_k·L_k over the present tasks (index -> 0-d loss), differentiable through the losses."""
-    terms = [weights_K[index].to(loss.device) * loss for index, loss in losses.items()]
+def weighted_sum(losses: Mapping[int, Tensor], weights_K: Tensor, zeros: Sequence[Tensor] = ()) -> Tensor:
+    """Return Σ w_k·L_k over the present tasks (index -> 0-d loss), plus ``zeros``, differentiable through both."""
+    terms = [*(weights_K[index].to(loss.device) * loss for index, loss in losses.items()), *zeros]
     total = terms[0]
     for term in terms[1:]:
         total = total + term.to(total.device)
@@ -58,6 +58,11 @@ class GradientSum:
         # A first product is out of place: autograd may hand out one buffer for two tensors, or a view.
         for tensor, product in zip(new_tensors, _times(new_gradients, weight), strict=True):
             self._sums[id(tensor)] = (tensor, product)
+
+    def reach(self, tensors: Iterable[Tensor]) -> None:
+        """Add zeros for ``tensors`` that have no gradient yet, so that whoever waits for one gets it."""
+        for tensor in tensors:
+            self._sums.setdefault(id(tensor), (tensor, torch.zeros_like(tensor)))
 
     def deliver(self, value: Tensor, *, keep: bool) -> Tensor:
         """Return ``value`` (0-d, detached) as a scalar whose backward pass hands over the sums.

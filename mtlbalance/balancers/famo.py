@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer, Sync, share_budget
 from mtlbalance.balancers.checks import real, task_weights
-from mtlbalance.balancers.losses import check_sample_weights, name_losses, reduce_losses
+from mtlbalance.balancers.losses import check_sample_weights, name_losses, no_losses, reduce_losses
 from mtlbalance.balancers.ranks import active_ranks
 from mtlbalance.balancers.signals import Signals
 
@@ -136,9 +136,14 @@ class FAMOLoss(Balancer):
     ) -> None:
         """Learn from the losses of the same batch after the optimizer's step, given as in the call itself."""
         weights = check_sample_weights(sample_weights, self.tasks)
-        reduced = reduce_losses(name_losses(losses, self.tasks), weights)
-        losses_K, present_K = self._stack({self.tasks.index(task): loss for task, loss in reduced.items()})
         ranks = active_ranks(self.process_group) if self.sync != "none" else None
+        present, empty = name_losses(losses, self.tasks)
+        if not present and (ranks is None or not empty):
+            raise no_losses(self.tasks, several_ranks=ranks is not None)
+        reduced = reduce_losses(present, weights)
+        losses_K, present_K = self._stack(
+            {self.tasks.index(task): loss for task, loss in reduced.items()}, empty
+        )
         if ranks is not None:
             losses_K, counts_K = ranks.mean_losses(losses_K, present_K)
             present_K = counts_K > 0

@@ -17,6 +17,7 @@ from mtlbalance.balancers.graph import (
     come_for_free,
     has_static_graph,
     obstacle_to_direct_delivery,
+    reached,
     reaches,
     trace,
 )
@@ -51,11 +52,13 @@ class GradientBalancer(Balancer):
     **Delivery.** *Direct* makes K trunk passes: the task gradients that were measured, weighted and summed,
     are what ``backward()`` hands over. *Weighted sum* probes (K passes, only down to the shared tensors) and
     then differentiates Σ w_k·L_k once more. ``"auto"`` delivers directly when a pass down to the shared tensors
-    covers everything that two tasks share, and by weighted sum otherwise (a suffix of the trunk, tensor hooks).
+    covers everything that two tasks share, and by weighted sum otherwise (a suffix of the trunk).
 
-    Hooks on activations inside the trunk, and ``retain_grad()`` there, see each task's gradient in turn; where they
-    must see the weighted sum, pass ``delivery="weighted_sum"``. Activation checkpointing needs
-    ``use_reentrant=False``, and recomputes once a probe; representations avoid that.
+    Hooks registered on parameters, or on the representations that are read, run once, on the gradient that is
+    delivered; what is read is the gradient before them. Hooks on other activations, and ``retain_grad()`` there,
+    see each task's gradient in turn; where they must see the weighted sum, pass ``delivery="weighted_sum"``.
+    Activation checkpointing needs ``use_reentrant=False``, and recomputes once a probe; representations avoid that.
+    Of a module compiled by ``torch.compile``, K passes need ``torch._functorch.config.donated_buffer = False``.
 
     Args:
         tasks: K >= 1 unique task names.
@@ -69,6 +72,9 @@ class GradientBalancer(Balancer):
     """
 
     reads: ClassVar[Reads] = "gradient norms"
+    weighted_heads: ClassVar[str] = (
+        "pass scale_heads=True"  # how to have heads weighted, where they are left alone
+    )
     warmup_steps: int = 0
 
     def __init__(
@@ -165,21 +171,24 @@ class GradientBalancer(Balancer):
 
     def _plan(self, call: Call, shared: list[Tensor]) -> Plan:
         """Decide on the delivery, and list what direct delivery must cover beside ``shared``."""
-        by_weighted_sum = Plan(shared, [], {index: [] for index in call.losses}, direct=False)
+        by_weighted_sum = Plan(shared, [], {index: [] for index in call.losses}, [], direct=False)
         if self.delivery == "weighted_sum":
             return by_weighted_sum
-        losses = list(call.losses.values())
+        losses = [*call.losses.values(), *call.zeros]
         reach = trace(losses, shared)
         if reach.opaque and not self.scale_heads:
-            raise hidden_heads("pass scale_heads=True")
+            raise hidden_heads(self.weighted_heads)
         if self.delivery == "auto" and reach.several and not come_for_free(reach.several, losses, shared):
             return by_weighted_sum
-        own = dict(zip(call.losses, reach.own, strict=True))
+        own = dict(
+            zip(call.losses, reach.own, strict=False)
+        )  # after those of the losses come those of the zeros
         others = [*reach.several, *(tensor for tensors in reach.own for tensor in tensors)]
+        waiting = reached(call.zeros, [*shared, *others]) if call.zeros else []
         obstacle = obstacle_to_direct_delivery(shared, others)
         if obstacle and self.delivery == "direct":
             raise InvalidArgumentError(f"delivery='direct' is not possible: {obstacle}; use delivery='auto'")
-        return by_weighted_sum if obstacle else Plan(shared, reach.several, own, direct=True)
+        return by_weighted_sum if obstacle else Plan(shared, reach.several, own, waiting, direct=True)
 
     # ------------------------------------------------------------------ measuring
     def _probe(self, call: Call, plan: Plan) -> Probe:
@@ -187,12 +196,14 @@ class GradientBalancer(Balancer):
         rows: dict[int, Gradients] = {}
         of_own: dict[int, Gradients] = {}
         scales_K = self._scales(call, plan.shared)
-        last = next(reversed(call.losses))
+        last = next(reversed(call.losses), None)
         kept = [(tensor, tensor.grad) for tensor in plan.shared if tensor.retains_grad and not tensor.is_leaf]
         for index, loss in call.losses.items():
             keep_graph = call.retain_graph or not plan.direct or index != last
             scaled = loss if scales_K is None else loss * scales_K[index]
-            gradients = task_gradients(scaled, [*columns, *plan.own[index]], retain_graph=keep_graph)
+            tensors = [*columns, *plan.own[index]]
+            with without_hooks(tensors):  # they run once, on what backward() hands over
+                gradients = task_gradients(scaled, tensors, retain_graph=keep_graph)
             require_related(self.tasks[index], gradients, plan.shared)
             rows[index], of_own[index] = gradients[: len(columns)], gradients[len(columns) :]
         for tensor, grad in kept:
@@ -216,7 +227,7 @@ class GradientBalancer(Balancer):
         device_type = call.losses_K.device.type
         if not self._in_half and self._probes % _HALF_CHECK_EVERY == 0:
             in_shared = any(tensor.dtype == torch.float16 for tensor in shared)
-            self._in_half = in_shared or casts_to_half(call.losses.values())
+            self._in_half = in_shared or casts_to_half([*call.losses.values(), *call.zeros])
         self._probes += 1
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             self._in_half = self._in_half or torch.get_autocast_dtype(device_type) == torch.float16
@@ -255,20 +266,21 @@ class GradientBalancer(Balancer):
                 total.add([columns[c] for c in chosen], [row[c] for c in chosen], weights[index])
         for index, gradients in probe.of_own.items():
             total.add(plan.own[index], gradients, heads_K[index])
+        total.reach(plan.waiting)
         return total.deliver(call.value(weights_K), keep=call.retain_graph)
 
     def _unscaled_heads(self, call: Call) -> Tensor:
         """Return a zero whose backward pass adds (1 − w_k)·∂L_k to each head, to make up for the weighted sum."""
         shared = self._shared(call)
-        reach = trace(list(call.losses.values()), shared)
+        reach = trace([*call.losses.values(), *call.zeros], shared)
         if reach.opaque:
-            raise hidden_heads("pass scale_heads=True")
+            raise hidden_heads(self.weighted_heads)
         given_K = self._scales(call, shared)
         scales_K = torch.ones_like(self.applied_weights) if given_K is None else given_K
         missing_K = call.local_weights(1.0 - self.applied_weights) / scales_K
         of_own: dict[int, Gradients] = {}
         total = GradientSum()
-        for (index, loss), leaves in zip(call.losses.items(), reach.own, strict=True):
+        for (index, loss), leaves in zip(call.losses.items(), reach.own, strict=False):
             if leaves:
                 with without_hooks(leaves):  # they run once, when this is handed over
                     of_own[index] = task_gradients(loss * scales_K[index], leaves, retain_graph=True)

@@ -110,6 +110,13 @@ def reaches(loss: Tensor, tensors: Sequence[Tensor]) -> bool:
     return bool(walk.met) or id(loss) in wanted or any(id(leaf) in wanted for leaf in walk.leaves())
 
 
+def reached(losses: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of ``tensors`` that at least one of ``losses`` depends on, also by way of another of them."""
+    walk = Walk().down(_edge(loss) for loss in losses)
+    leaves = {id(leaf) for leaf in walk.leaves()}
+    return [t for t in tensors if (id(t) in leaves if t.grad_fn is None else t.grad_fn in walk.nodes)]
+
+
 def come_for_free(leaves: Sequence[Tensor], losses: Sequence[Tensor], shared: Sequence[Tensor]) -> bool:
     """Return whether a pass down to ``shared`` runs every operation that ``leaves`` feed into anyway.
 
@@ -144,11 +151,6 @@ def obstacle_to_direct_delivery(shared: Sequence[Tensor], others: Sequence[Tenso
     Gradients are handed over at the shared tensors and at the leaves ``others``. From a representation
     the backward pass goes on into the trunk, so nothing that it reaches there may be handed over as well.
     """
-    for tensor in (*shared, *others):
-        if tensor._backward_hooks:
-            return (
-                "a hook registered on a tensor (register_hook) would run in the probe and again at delivery"
-            )
     representations = [tensor for tensor in shared if tensor.grad_fn is not None]
     if not representations:
         return ""

@@ -14,8 +14,8 @@ from mtlbalance.errors import InvalidArgumentError
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def name_losses(arguments: Sequence[Any], tasks: Sequence[str]) -> dict[str, Tensor]:
-    """Return the losses of the present tasks by name, in task order.
+def name_losses(arguments: Sequence[Any], tasks: Sequence[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return the losses of the present tasks by name, in task order, and the empty ones.
 
     ``arguments`` is one mapping, or one loss a task in task order. A task that is missing from the
     mapping, is None, or has an empty per-sample loss (no labels in this batch) is absent.
@@ -33,6 +33,7 @@ def name_losses(arguments: Sequence[Any], tasks: Sequence[str]) -> dict[str, Ten
             f"got {len(arguments)} positional argument(s)"
         )
     present: dict[str, Tensor] = {}
+    empty: list[Tensor] = []
     for task in tasks:
         loss = given.get(task)
         if loss is None:
@@ -51,9 +52,20 @@ def name_losses(arguments: Sequence[Any], tasks: Sequence[str]) -> dict[str, Ten
             )
         if loss.numel() > 0:
             present[task] = loss
-    if not present:
-        raise InvalidArgumentError(f"no task has a loss in this call (tasks: {', '.join(tasks)})")
-    return present
+        else:
+            empty.append(loss.float() if loss.dtype in _LOW_PRECISION else loss)
+    return present, empty
+
+
+def no_losses(tasks: Sequence[str], *, several_ranks: bool) -> InvalidArgumentError:
+    """The error for a call without any loss; other ranks may wait for what this one owes them."""
+    advice = (
+        "; the other ranks wait for this one: give it empty losses of its model's outputs, such as loss[mask] with no "
+        "sample in the mask, so that it takes part"
+    )
+    return InvalidArgumentError(
+        f"no task has a loss in this call (tasks: {', '.join(tasks)}){advice if several_ranks else ''}"
+    )
 
 
 def reduce_losses(losses: Mapping[str, Tensor], sample_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer, Call, Shows, Sync, WeightSum
-from mtlbalance.balancers.delivery import weighted_sum
 from mtlbalance.balancers.signals import Signals
 
 
@@ -70,7 +69,7 @@ class ObjectiveBalancer(Balancer):
         learned = self._learned_term(call.signals, finite)
         own = self._own_value(call)
         weights_K = self._note(self._move(call.signals, slopes_K, finite), finite)
-        total = weighted_sum(call.losses, call.local_weights(weights_K))
+        total = call.weighted_sum(weights_K)
         if learned is not None:
             total = total + learned
         value = torch.where(torch.isfinite(own), own, call.value(weights_K))

@@ -17,12 +17,14 @@ class Plan:
         shared: the tensors that are read.
         several: further leaves that several tasks reach; delivered with the shared ones, but not read.
         own: for each present task, the leaves that it alone reaches (its head); only for direct delivery.
+        waiting: what tasks without labels on this rank reach, and other ranks will wait for.
         direct: whether the measured gradients are handed over as they are.
     """
 
     shared: list[Tensor]
     several: list[Tensor]
     own: dict[int, list[Tensor]]
+    waiting: list[Tensor]
     direct: bool
 
 

@@ -110,6 +110,7 @@ class RGWLoss(_RandomWeights, GradientBalancer):
 
     method: ClassVar[str] = "RGW"
     scale_heads = False
+    weighted_heads: ClassVar[str] = "use RLWLoss, which weighs heads too"
 
     def __init__(
         self,

@@ -63,6 +63,8 @@ def discover_shared(losses: Mapping[str, Tensor], model: nn.Module) -> list[Tens
         raise hidden_heads("pass shared_params")
     several = {id(leaf) for leaf in reach.several}
     found: list[Tensor] = [parameter for parameter in model.parameters() if id(parameter) in several]
+    if not found and _any_sharded(model.parameters()):
+        raise _sharded("the model")
     if not found:
         raise SharedParametersError(
             f"no parameter of the model is reached by two of the losses {', '.join(map(repr, losses))}; {_WHAT_TO_PASS}"
@@ -87,12 +89,23 @@ def hidden_heads(way_out: str) -> SharedParametersError:
 
 def unrelated_shared(task: str, shared: Sequence[Tensor]) -> SharedParametersError:
     """The error for a task whose loss does not depend on any shared tensor."""
+    if _any_sharded(shared):
+        return _sharded("shared_params")
     hint = ""
-    if any(type(tensor.data).__name__ == "DTensor" for tensor in shared):
-        hint = "; sharded parameters (FSDP2) give no gradient here: pass the shared features instead"
-    elif not any(tensor.is_leaf for tensor in shared):
+    if not any(tensor.is_leaf for tensor in shared):
         hint = "; DistributedDataParallel may return copies of a model's outputs: keep the features inside the model"
     return SharedParametersError(
         f"the loss of task {task!r} does not depend on any of the {len(shared)} tensors in shared_params; "
         f"{_WHAT_TO_PASS}{hint}"
+    )
+
+
+def _any_sharded(tensors: Iterable[Tensor]) -> bool:
+    return any(type(tensor.data).__name__ == "DTensor" for tensor in tensors)
+
+
+def _sharded(where: str) -> SharedParametersError:
+    return SharedParametersError(
+        f"{where} holds sharded parameters (FSDP2): task gradients never arrive there; pass the shared features, where "
+        "trunk meets heads, as shared_params"
     )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mtlbalance.balancers.graph import casts_to_half
-from mtlbalance.balancers.losses import name_losses, reduce_losses
+from mtlbalance.balancers.losses import name_losses, no_losses, reduce_losses
 from mtlbalance.balancers.probe_scale import half_scale
 from mtlbalance.balancers.shared import list_shared, unrelated_shared
-from mtlbalance.errors import InvalidArgumentError
+from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
 Gradients = list[Tensor | None]  # one a tensor that was differentiated; None where the loss does not reach it
 
@@ -43,13 +43,22 @@ class Signals:
 
 def task_gradients(loss: Tensor, tensors: Sequence[Tensor], *, retain_graph: bool) -> Gradients:
     """Differentiate one loss with respect to ``tensors``; None where it does not reach one."""
-    return list(torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True))
+    try:
+        return list(torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True))
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise SharedParametersError(
+            "a module compiled by torch.compile gives up its buffers in its first backward pass, but task gradients "
+            "need one pass a task; set torch._functorch.config.donated_buffer = False before it is compiled, or, "
+            "if it is the trunk, pass its features as shared_params"
+        ) from error
 
 
 @contextmanager
-def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Differentiate without running the hooks that were registered on ``leaves``."""
-    kept = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Differentiate without running the hooks that were registered on ``tensors``."""
+    kept = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
     for hooks, _ in kept:
         hooks.clear()
     try:
@@ -127,7 +136,10 @@ def task_gradient_norms(
     Source: the gradient-norm measurement of the C-MAPSS study, over any shared tensors.
     """
     shared = list_shared(shared_params)
-    reduced = reduce_losses(name_losses((losses,), tuple(losses)), {})
+    present, _ = name_losses((losses,), tuple(losses))
+    if not present:
+        raise no_losses(tuple(losses), several_ranks=False)
+    reduced = reduce_losses(present, {})
     in_half = any(tensor.dtype == torch.float16 for tensor in shared) or casts_to_half(reduced.values())
     norms: dict[str, Tensor] = {}
     for position, (task, loss) in enumerate(reduced.items()):

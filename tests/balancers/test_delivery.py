@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mtlbalance import GABALoss
-from mtlbalance.errors import BalancerError, GraphConsumedError
+from mtlbalance.errors import GraphConsumedError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Full backward hook is firing:UserWarning"
@@ -199,14 +199,33 @@ def test_frozen_and_unused_parameters(problem):
     assert_same(found, plain(p, balancer.get_weights()), rtol=1e-5, atol=1e-7)
 
 
-def test_parameter_hooks_run_once(problem):
+@pytest.mark.parametrize("delivery", ["auto", "direct", "weighted_sum"])
+@pytest.mark.parametrize("features", [False, True])
+def test_hooks_on_what_is_read_run_once_and_are_not_read(problem, delivery, features):
     p = problem()
-    p.trunk[0].weight.register_hook(lambda gradient: 10.0 * gradient)
-    balancer = GABALoss(("a", "b"), warmup_steps=0, beta=0.0)
-    found = p.gradients(p.call(balancer))
-    assert_same(found, plain(p, balancer.get_weights()), rtol=1e-5, atol=1e-7)
-    with pytest.raises(BalancerError, match="delivery='direct' is not possible: a hook"):
-        p.call(GABALoss(("a", "b"), delivery="direct"))
+    balancer, without = (GABALoss(("a", "b"), warmup_steps=0, beta=0.0, delivery=delivery) for _ in range(2))
+    seen = []
+
+    def hook(gradient):
+        seen.append(1)
+        return 10.0 * gradient
+
+    def call(balancer, hooked):
+        found = p.trunk(p.inputs)
+        if features and hooked:
+            found.register_hook(hook)
+        return balancer(p.per_sample(found), shared_params=found if features else p.trunk)
+
+    expected = p.gradients(call(without, hooked=False))
+    trunk = len(list(p.trunk.parameters()))
+    if features:
+        expected = [10.0 * gradient for gradient in expected[:trunk]] + expected[trunk:]
+    else:
+        p.trunk[0].weight.register_hook(hook)
+        expected[0] = 10.0 * expected[0]
+    assert_same(p.gradients(call(balancer, hooked=True)), expected, rtol=1e-5, atol=1e-7)
+    assert len(seen) == 1
+    assert balancer.report() == without.report()
 
 
 def test_one_buffer_for_two_parameters_is_scaled_once():
