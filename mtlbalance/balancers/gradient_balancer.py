@@ -72,9 +72,7 @@ class GradientBalancer(Balancer):
     """
 
     reads: ClassVar[Reads] = "gradient norms"
-    weighted_heads: ClassVar[str] = (
-        "pass scale_heads=True"  # how to have heads weighted, where they are left alone
-    )
+    weighted_heads: ClassVar[str] = "pass scale_heads=True"  # how to have heads weighted, if they are not
     warmup_steps: int = 0
 
     def __init__(
@@ -180,9 +178,7 @@ class GradientBalancer(Balancer):
             raise hidden_heads(self.weighted_heads)
         if self.delivery == "auto" and reach.several and not come_for_free(reach.several, losses, shared):
             return by_weighted_sum
-        own = dict(
-            zip(call.losses, reach.own, strict=False)
-        )  # after those of the losses come those of the zeros
+        own = dict(zip(call.losses, reach.own, strict=False))  # those of the zeros come last
         others = [*reach.several, *(tensor for tensors in reach.own for tensor in tensors)]
         waiting = reached(call.zeros, [*shared, *others]) if call.zeros else []
         obstacle = obstacle_to_direct_delivery(shared, others)

@@ -20,7 +20,10 @@ from mtlbalance.balancers.signals import Gradients
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process group of more than one rank."""
+    """A process group of more than one rank.
+
+    Numbers are summed in float64: one dtype on all ranks, whichever tasks, and so dtypes, each has.
+    """
 
     group: Any
     size: int
@@ -32,7 +35,6 @@ class Ranks:
 
     def mean_losses(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return the losses averaged over the ranks that have the task, and the number of those ranks."""
-        # One dtype on all ranks, whichever tasks, and so dtypes, this one has.
         packed = self.sum(torch.stack([losses_K, present_K]).double())
         mean_K = (packed[0] / packed[1].clamp(min=1.0)).to(losses_K.dtype)
         return mean_K, packed[1].to(losses_K.dtype)
@@ -65,11 +67,11 @@ class Ranks:
 
     def combine_feature_norms(self, norms_K: Tensor, counts_K: Tensor) -> Tensor:
         """Norms on representations, whose rows differ by rank: n² = Σ_r n_r² / (ranks that have the task)²."""
-        return self.sum(norms_K.square()).sqrt() / counts_K.clamp(min=1.0)
+        return self.sum(norms_K.double().square()).sqrt() / counts_K.clamp(min=1.0)
 
     def mean_norms(self, norms_K: Tensor, counts_K: Tensor) -> Tensor:
         """The cheap approximation of norms on parameters: the mean of the ranks' own norms."""
-        return self.sum(norms_K.clone()) / counts_K.clamp(min=1.0)
+        return self.sum(norms_K.double()) / counts_K.clamp(min=1.0)
 
     def combine_feature_gramian(self, gramian_KK: Tensor, counts_K: Tensor) -> Tensor:
         """Inner products on representations: G_ij = Σ_r G_ij,r / (ranks that have task i · those with j)."""

@@ -16,7 +16,7 @@ from conftest import make_balancer
 
 TASKS = ("a", "b", "c")
 PER_RANK = 4
-STEPS = 4
+STEPS = 3
 
 
 class Model(nn.Module):
@@ -51,14 +51,24 @@ def per_sample(predictions: dict[str, Tensor], targets: dict[str, Tensor]) -> di
 
 
 def scenarios() -> dict[str, dict]:
-    """Name -> what is special: where gradients are read, what is synchronised, which ranks lack task b."""
+    """Name -> what is special: where gradients are read, what is synchronised, what rank 1 lacks.
+
+    Tasks in ``missing`` are not computed on rank 1 and not in its mapping; of those in ``empty`` the loss has no
+    sample there, and DDP counts on a gradient of every parameter (``find_unused_parameters=False``).
+    """
     return {
         "parameters": {},
         "weighted sum": {"delivery": "weighted_sum"},
         "features": {"features": True},
-        "absent on rank 1": {"absent": True},
-        "absent, by weighted sum": {"absent": True, "delivery": "weighted_sum"},
-        "absent, features": {"absent": True, "features": True},
+        "absent on rank 1": {"missing": "b"},
+        "absent, by weighted sum": {"missing": "b", "delivery": "weighted_sum"},
+        "absent, features": {"missing": "b", "features": True},
+        "empty on rank 1": {"empty": "b"},
+        "empty, by weighted sum": {"empty": "b", "delivery": "weighted_sum"},
+        "empty, features": {"empty": "b", "features": True},
+        "no task on rank 1": {"empty": "abc"},
+        "no task, features": {"empty": "abc", "features": True},
+        "hooks": {"hooks": True},
         "norms": {"sync": "norms"},
         "none": {"sync": "none"},
         "non-finite on rank 1": {"bad": True},
@@ -72,28 +82,29 @@ def train(
     """Train on this rank's share; ``world`` 1 is the reference on the whole batch."""
     core = Model()
     distributed = dist.is_initialized()
-    absent_here = scenario.get("absent", False) and rank == 1
-    model = (
-        DistributedDataParallel(core, find_unused_parameters=absent_here or scenario.get("absent", False))
-        if distributed
-        else core
-    )
+    missing, empty = scenario.get("missing", ""), scenario.get("empty", "")
+    model = DistributedDataParallel(core, find_unused_parameters=bool(missing)) if distributed else core
     options = {key: scenario[key] for key in ("delivery", "sync") if key in scenario}
     balancer = make_balancer(method, TASKS, warmup_steps=1, beta=0.5, max_weight=1.0, **options)
     optimizer = torch.optim.SGD([*core.parameters(), *balancer.parameters()], lr=0.05)
+    if scenario.get("hooks"):
+        for parameter in core.parameters():
+            parameter.register_hook(lambda gradient: 0.5 * gradient)
     weights, following = [], []
     everywhere = torch.ones(len(TASKS), dtype=torch.bool)
     for step in range(STEPS):
         optimizer.zero_grad()
-        tasks = ("a", "c") if absent_here else TASKS
+        tasks = tuple(task for task in TASKS if not (distributed and rank == 1 and task in missing))
         share = slice(rank * PER_RANK, (rank + 1) * PER_RANK) if distributed else slice(None)
         targets = {task: target[step, share] for task, target in steps_targets.items()}
         predictions = model(steps_inputs[step, share], tasks)
         losses = per_sample(predictions, targets)
-        if scenario.get("absent") and not distributed:  # averaged over the ranks that have it
-            has_b = torch.ones(len(losses["b"]), dtype=torch.bool)
-            has_b[PER_RANK : 2 * PER_RANK] = False
-            losses["b"] = losses["b"][has_b]
+        for task in missing + empty:
+            if not distributed:  # averaged over the ranks that have it
+                losses[task] = torch.cat([losses[task][:PER_RANK], losses[task][2 * PER_RANK :]])
+                targets[task] = torch.cat([targets[task][:PER_RANK], targets[task][2 * PER_RANK :]])
+            elif rank == 1 and task in empty:
+                losses[task], targets[task] = losses[task][:0], targets[task][:0]
         if scenario.get("bad") and rank == 1 and step == 2:
             losses["a"] = losses["a"] * torch.inf
         shared = core.features if scenario.get("features") else core.trunk.parameters()
@@ -103,7 +114,13 @@ def train(
         if not scenario.get("bad") or step < 2:
             optimizer.step()
         if scenario.get("update"):
-            balancer.update(per_sample(core(steps_inputs[step, share], tasks), targets))
+            again = per_sample(core(steps_inputs[step, share], tasks), targets)
+            balancer.update(
+                {
+                    task: loss[:0] if distributed and rank == 1 and task in empty else loss
+                    for task, loss in again.items()
+                }
+            )
         balancer.end_epoch()
         current = balancer.current_weights(everywhere).tolist()
         following.append(dict(zip(TASKS, current, strict=True)))

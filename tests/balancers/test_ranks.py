@@ -66,32 +66,57 @@ def reference(worker: ModuleType, method: str, name: str, world: int) -> dict:
     return worker.train(method, worker.scenarios()[name], 0, 1, inputs, targets)
 
 
-EXACT = ["parameters", "weighted sum", "absent on rank 1", "absent, by weighted sum"]
+def situations(**scenarios_of: list[str]):
+    """Parametrise by scenario, each with the situation of docs/compatibility.md that it belongs to."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(scenario, marks=pytest.mark.situation(situation))
+            for situation, scenarios in scenarios_of.items()
+            for scenario in scenarios
+        ],
+    )
 
 
-@pytest.mark.parametrize("name", EXACT)
+def assert_equal(ranks: list[dict], key: str, expected: dict) -> None:
+    for found in (rank[key] for rank in ranks):
+        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True)
+        for ours, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm() + 1e-9
+
+
+@situations(
+    **{
+        "N ranks = 1": ["parameters", "weighted sum"],
+        "task absent on a rank": [
+            "absent on rank 1",
+            "absent, by weighted sum",
+            "empty on rank 1",
+            "empty, by weighted sum",
+        ],
+        "no task on a rank": ["no task on rank 1"],
+        "hooks, N ranks": ["hooks"],
+    }
+)
 def test_ranks_equal_one_process(method, runs, worker, name):
     world, ranks = runs
-    expected = reference(worker, method, name, world)
-    for found in (rank[f"{method}/{name}"] for rank in ranks):
-        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6)
-        for ours, theirs in zip(found["parameters"], expected["parameters"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert_equal(ranks, f"{method}/{name}", reference(worker, method, name, world))
 
 
-@pytest.mark.parametrize("name", ["features", "absent, features"])
+@situations(
+    **{
+        "features, N ranks": ["features"],
+        "task absent on a rank": ["absent, features", "empty, features"],
+        "no task on a rank": ["no task, features"],
+    }
+)
 def test_features_equal_one_process(method, make, runs, worker, name):
     """Norms on the features of one rank's samples combine to the norm on the features of all samples."""
     if make(method).needs_parameters:
         pytest.skip("reads parameters only, and says so when it is given features")
     world, ranks = runs
-    expected = reference(worker, method, name, world)
-    for found in (rank[f"{method}/{name}"] for rank in ranks):
-        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6)
-        for ours, theirs in zip(found["parameters"], expected["parameters"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert_equal(ranks, f"{method}/{name}", reference(worker, method, name, world))
 
 
 def test_famo_updates_from_all_ranks(runs, worker):
@@ -105,6 +130,7 @@ def test_famo_updates_from_all_ranks(runs, worker):
         assert found["weights"] == ranks[0]["famo/update after the step"]["weights"]
 
 
+@pytest.mark.situation("sync='norms'")
 def test_norms_are_an_approximation_that_all_ranks_share(method, runs, worker):
     world, ranks = runs
     exact = reference(worker, method, "parameters", world)["weights"]
@@ -116,6 +142,7 @@ def test_norms_are_an_approximation_that_all_ranks_share(method, runs, worker):
     assert first["weights"][0] == pytest.approx(exact[0], rel=0.5, abs=0.1)
 
 
+@pytest.mark.situation("NaN on one rank")
 def test_one_rank_that_overflows_stops_the_state_of_all(method, runs):
     _, ranks = runs
     seen = [rank[f"{method}/non-finite on rank 1"] for rank in ranks]

@@ -129,10 +129,14 @@ def test_a_plain_loop(loop):
 
 
 @situation("features")
-def test_features_where_trunk_meets_heads(loop, facts):
-    if facts.needs_parameters:
-        pytest.skip("reads parameters only, and says so when it is given features")
-    loop().run(features=True)
+def test_features_where_trunk_meets_heads(loop, refuses):
+    trained = loop()
+    if trained.balancer.needs_parameters:
+        with pytest.raises(SharedParametersError, match="not representations"):
+            trained.run(features=True)
+        refuses("its state is a number for every shared parameter; pass parameters as `shared_params`")
+        return
+    trained.run(features=True)
 
 
 @situation("gradient clipping")
@@ -295,6 +299,7 @@ def test_compiled_modules_that_give_up_their_buffers_are_refused_with_the_way_ou
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_a_trunk_compiled_by_inductor(make, problem, compiler):
     for method in ("gaba", "mgda"):

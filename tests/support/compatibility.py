@@ -230,6 +230,8 @@ class Gatherer:
         if target:
             self._write(Path(target), here, missing)
             return
+        if not (self.config.rootpath / PAGE).exists():
+            return
         if missing:
             if self._is_whole_run(session):
                 method, name = missing[0]
