@@ -20,7 +20,7 @@ PYTEST_ARGS  ?=
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal benchmarks docs
+TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal examples/recipes benchmarks docs
 
 .PHONY: help run test lint bench clean
 .DEFAULT_GOAL := help

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -150,6 +151,7 @@ def main() -> None:
                 continue
             results[f"{method}/{name}"] = train(method, scenario, rank, world, inputs, targets)
     torch.save(results, out / f"rank{rank}.pt")
+    gc.collect()  # a wrapper that outlives its process group may abort the process at its end
     dist.destroy_process_group()
 
 
