@@ -38,12 +38,18 @@ def expect_close(found: Any, expected: Any, what: str, *, rtol: float = 1e-5, at
 
 def expect_equal(found: Any, expected: Any, what: str) -> None:
     """Raise unless two values are the same to the last bit; NaN equals NaN."""
-    if isinstance(found, Tensor) and isinstance(expected, Tensor):
-        same = found.dtype == expected.dtype and found.shape == expected.shape
-        same = same and bool(((found == expected) | (found.isnan() & expected.isnan())).all())
-    else:
-        same = found == expected
-    expect(same, f"{what}: expected {_show(expected)}; found {_show(found)}")
+    expect(_same(found, expected), f"{what}: expected {_show(expected)}; found {_show(found)}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and _same(list(one.values()), list(other.values()))
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other or (one != one and other != other))
 
 
 def expect_error(kind: type[BaseException], says: str, what: str, call: Callable[[], object]) -> None:

@@ -71,6 +71,26 @@ class InverseNorm(GradientBalancer):
         return share_of_present(1.0 / self.norms / (1.0 / self.norms).sum(), present_K)
 
 
+class PlainSum(Balancer):
+    """A method without task weights: the sum of the losses."""
+
+    weight_sum = "none"
+
+    def __init__(self, tasks) -> None:
+        super().__init__(tasks)
+        self.applied_weights.fill_(torch.nan)
+
+    def current_weights(self, present_K) -> Tensor:
+        return torch.full_like(self.applied_weights, torch.nan)
+
+    def _train_call(self, call) -> Tensor:
+        self._apply_weights(call.signals)
+        return sum(call.losses.values())
+
+    def _eval_call(self, losses, present_K) -> Tensor:
+        return sum(losses.values())
+
+
 # ---------------------------------------------------------------------- the call
 @breaks("shows_its_weights")
 class OwnColumn(InverseLoss):
@@ -89,8 +109,6 @@ class NoBalancer(torch.nn.Module):
     "eval_moves_nothing",
     "no_grad_moves_nothing",
     "every_grad_is_the_weighted_sum",
-    "backward_may_be_scaled_and_accumulated",
-    "the_graph_may_be_kept",
     "frozen_and_unused_parameters",
     "identical_tasks_are_treated_alike",
 )
@@ -130,8 +148,6 @@ class TakesValuesInTheirOrder(InverseLoss):
     "eval_moves_nothing",
     "no_grad_moves_nothing",
     "every_grad_is_the_weighted_sum",
-    "backward_may_be_scaled_and_accumulated",
-    "the_graph_may_be_kept",
     "frozen_and_unused_parameters",
     "identical_tasks_are_treated_alike",
 )
@@ -362,8 +378,6 @@ class TrustsGradients(InverseNorm):
 # ---------------------------------------------------------------------- gradients
 @breaks(
     "every_grad_is_the_weighted_sum",
-    "backward_may_be_scaled_and_accumulated",
-    "the_graph_may_be_kept",
     "frozen_and_unused_parameters",
     "identical_tasks_are_treated_alike",
 )

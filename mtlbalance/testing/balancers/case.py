@@ -51,6 +51,11 @@ class BalancerCase:
         """Whether it measures task gradients."""
         return self.facts.reads in ("gradient norms", "gramian", "jacobian")
 
+    @property
+    def has_task_weights(self) -> bool:
+        """Whether it weighs tasks; a method that combines their gradients otherwise has no weights to look at."""
+        return str(self.facts.weight_sum) != "none"
+
     def budget(self, balancer: Balancer, present: int) -> float:
         """Return what the weights of so many present tasks sum to, where that is fixed."""
         if balancer.weight_sum == "given":
@@ -95,8 +100,15 @@ def reads_gradients(case: BalancerCase) -> str:
     return "" if case.reads_gradients else "it reads no task gradients"
 
 
+def has_task_weights(case: BalancerCase) -> str:
+    """Say why a check of task weights does not apply."""
+    return "" if case.has_task_weights else "it has no task weights"
+
+
 def tells_tasks_apart_by_name_alone(case: BalancerCase) -> str:
     """Say why tasks cannot be exchanged."""
+    if not case.has_task_weights:
+        return "it has no task weights"
     if case.facts.draws_weights:
         return "its weights are drawn"
     fresh = set(current(case.facts).values())

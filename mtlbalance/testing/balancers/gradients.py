@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -9,6 +12,7 @@ from mtlbalance.errors import SharedParametersError
 from mtlbalance.testing.balancers.case import (
     TASKS,
     BalancerCase,
+    has_task_weights,
     prescribed,
     reads_gradients,
 )
@@ -34,7 +38,7 @@ def expect_gradients(problem: Problem, found: Gradients, expected: Gradients, wh
             )
 
 
-@CHECKS.add()
+@CHECKS.add(applies=has_task_weights)
 def every_grad_is_the_weighted_sum(case: BalancerCase) -> None:
     """Every .grad is Σ applied·∂L; that of a head alone is ∂L where the class says scale_heads = False."""
     for delivery in ("auto", "direct", "weighted_sum"):
@@ -51,25 +55,26 @@ def backward_may_be_scaled_and_accumulated(case: BalancerCase) -> None:
     """What is returned may be multiplied (GradScaler) or divided, and adds up in .grad over calls (accumulation)."""
     problem = make_problem()
     balancer = case.new(("a", "b"), warmup_steps=100)
+    twin = copy.deepcopy(balancer)
     found = problem.gradients(problem.call(balancer) * 1024.0)
-    expected = prescribed(balancer, problem, balancer.get_weights())
-    scaled = [None if gradient is None else 1024.0 * gradient for gradient in expected]
-    expect_gradients(problem, found, scaled, "backward() of 1024 times the value")
-    values: list[torch.Tensor] = []
-    sums: Gradients = [None] * len(found)
-    for _ in range(2):
-        values.append(problem.call(balancer) / 2.0)
-        one = prescribed(balancer, problem, balancer.get_weights())
-        sums = [_plus(total, gradient) for total, gradient in zip(sums, one, strict=True)]
-    for value in values:
-        value.backward()  # type: ignore[no-untyped-call]
+    plain = problem.gradients(problem.call(twin))
+    expect_gradients(problem, found, _sum([plain], 1024.0), "backward() of 1024 times the value")
+    halves = [problem.call(balancer) / 2.0 for _ in range(2)]
+    wholes = [problem.gradients(problem.call(twin)) for _ in range(2)]
+    for half in halves:
+        half.backward()  # type: ignore[no-untyped-call]
     accumulated = [parameter.grad for parameter in problem.parameters()]
-    expect_gradients(problem, accumulated, sums, "two calls, each divided by 2, without zero_grad() between")
+    what = "two calls, each divided by 2, without zero_grad() between"
+    expect_gradients(problem, accumulated, _sum(wholes, 0.5), what)
 
 
-def _plus(total: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    half = None if gradient is None else gradient / 2.0
-    return half if total is None or half is None else total + half
+def _sum(gradients: Sequence[Gradients], factor: float) -> Gradients:
+    """Return ``factor`` times the sum; None where no term has a gradient."""
+    total: Gradients = []
+    for column in zip(*gradients, strict=True):
+        given = [gradient for gradient in column if gradient is not None]
+        total.append(factor * torch.stack(given).sum(dim=0) if given else None)
+    return total
 
 
 @CHECKS.add()
@@ -77,22 +82,22 @@ def the_graph_may_be_kept(case: BalancerCase) -> None:
     """With retain_graph=True in the call, terms may be added outside, and backward may come twice."""
     problem = make_problem()
     balancer = case.new(("a", "b"), warmup_steps=0)
-    features = problem.trunk(problem.inputs)
-    value = problem.call(balancer, problem.per_sample(features), retain_graph=True)
-    expected = prescribed(balancer, problem, balancer.get_weights())
+    twin = copy.deepcopy(balancer)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        features = problem.trunk(problem.inputs)
+        kept = problem.call(balancer, problem.per_sample(features), retain_graph=True)
+        return kept, features.square().mean()
+
+    value, _ = call()
     value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    expected = problem.gradients(problem.call(twin))
     expect_gradients(problem, problem.gradients(value), expected, "the second backward()")
-    features = problem.trunk(problem.inputs)
-    value = problem.call(balancer, problem.per_sample(features), retain_graph=True)
-    found = problem.gradients(value + features.square().mean())
-    expected = prescribed(balancer, problem, balancer.get_weights())
-    term = problem.gradients(problem.trunk(problem.inputs).square().mean())
-    both = [
-        one if other is None else one + other
-        for one, other in zip(expected, term, strict=True)
-        if one is not None
-    ]
-    expect_gradients(problem, found, list(both), "a term outside the mapping")
+    value, term = call()
+    found = problem.gradients(value + term)
+    own = problem.gradients(problem.call(twin))
+    of_term = problem.gradients(problem.trunk(problem.inputs).square().mean())
+    expect_gradients(problem, found, _sum([own, of_term], 1.0), "a term outside the mapping")
 
 
 @CHECKS.add()
@@ -111,7 +116,7 @@ def frozen_and_unused_parameters(case: BalancerCase) -> None:
             frozen.grad is None and unused.grad is None,
             "expected no gradient for frozen and unused parameters",
         )
-        expected = prescribed(balancer, problem, balancer.get_weights())
+        expected = prescribed(balancer, problem, balancer.get_weights()) if case.has_task_weights else found
         expect_gradients(problem, found, expected, "beside a frozen and an unused parameter")
 
 
@@ -146,7 +151,7 @@ def representations_may_be_shared(case: BalancerCase) -> None:
         )
         return
     found = problem.gradients(problem.call(balancer, losses, shared_params=features))
-    expected = prescribed(balancer, problem, balancer.get_weights())
+    expected = prescribed(balancer, problem, balancer.get_weights()) if case.has_task_weights else found
     expect_gradients(problem, found, expected, "features as shared_params")
 
 
@@ -156,8 +161,9 @@ def shared_params_can_be_found(case: BalancerCase) -> None:
     problem = make_problem(TASKS)
     model = nn.ModuleList([problem.trunk, problem.heads])
     told, finding = case.new(warmup_steps=0), case.new(warmup_steps=0)
-    problem.call(told)
-    problem.call(finding, shared_params=None, model=model)
+    expected = problem.gradients(problem.call(told))
+    found = problem.gradients(problem.call(finding, shared_params=None, model=model))
+    expect_gradients(problem, found, expected, "with model= alone")
     expect_close(finding.get_weights(), told.get_weights(), "the weights with model= alone")
 
 
