@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.table import Table
 
-from mtlbalance.cli import plugin_check
+from mtlbalance.cli import plugin_check, plugin_new
 from mtlbalance.cli.configs import JsonOption
 from mtlbalance.cli.output import hanging, print_json, stdout_console
 from mtlbalance.cli.plugin_choice import NameArgument, PluginOption, SlotOption, check_slot, find, load
@@ -100,6 +100,7 @@ def describe(
 
 
 app.command("check")(plugin_check.check)
+app.command("new")(plugin_new.new)
 
 
 def _about(registration: Registration) -> str:

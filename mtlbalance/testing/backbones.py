@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from mtlbalance.slots import InputSpec, TaskSpec
 from mtlbalance.testing.checks import Checks, Report
 from mtlbalance.testing.expectations import expect, expect_close, expect_equal
 from mtlbalance.testing.generators import expect_no_draw, kept_generators
-from mtlbalance.training.model import MultiTaskModel, build_model
+
+if TYPE_CHECKING:
+    from mtlbalance.training.model import MultiTaskModel
 
 TASKS = (
     TaskSpec("amount", "regression", "mse"),
@@ -69,6 +71,8 @@ class BackboneCase:
         return self._build(self.inputs, seed)
 
     def _build(self, inputs: InputSpec, seed: int) -> MultiTaskModel:
+        from mtlbalance.training.model import build_model
+
         config = self.registration.config(**self._options)
         with kept_generators(seed):
             backbone: nn.Module = build_plugin(self.registration, config, inputs, self.tasks)
