@@ -174,16 +174,9 @@ class Balancer(TaskState, ABC):
             A 0-d tensor of value Σ applied·loss on this rank, for ``backward()`` and for logging. In
             ``eval()`` or without gradients: the same with the current weights, and no state change.
         """
-        training = self.training and torch.is_grad_enabled()
-        present, empty = name_losses(losses, self.tasks)
-        several_ranks = active_ranks(self.process_group) is not None
-        zeros = [loss.sum() for loss in empty if loss.requires_grad] if training and several_ranks else []
-        if not present and not zeros:
-            raise no_losses(self.tasks, several_ranks=several_ranks)
-        weights = self.sample_weights_of(present, check_sample_weights(sample_weights, self.tasks), context)
-        reduced = {self.tasks.index(task): loss for task, loss in reduce_losses(present, weights).items()}
+        reduced, zeros = self._reduce(losses, sample_weights, context)
         losses_K, present_K = self._stack(reduced, zeros)
-        if not training:
+        if not (self.training and torch.is_grad_enabled()):
             return self._eval_call(reduced, present_K)
         call = self._digest(reduced, losses_K, present_K, zeros, shared_params, model, retain_graph)
         if not reduced and not bool(call.signals.present_K.any()):
@@ -214,6 +207,23 @@ class Balancer(TaskState, ABC):
         if finite.device.type == "cpu":
             self._warn_nonfinite()
         return weights_K
+
+    def _reduce(
+        self,
+        losses: Sequence[Mapping[str, Tensor | None] | Tensor | None],
+        sample_weights: Mapping[str, Tensor] | None,
+        context: Mapping[str, Any],
+    ) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """Return the 0-d losses of the present tasks by index, and the zeros of absent ones that DDP waits for."""
+        present, empty = name_losses(losses, self.tasks)
+        training = self.training and torch.is_grad_enabled()
+        several_ranks = active_ranks(self.process_group) is not None
+        zeros = [loss.sum() for loss in empty if loss.requires_grad] if training and several_ranks else []
+        if not present and not zeros:
+            raise no_losses(self.tasks, several_ranks=several_ranks)
+        weights = self.sample_weights_of(present, check_sample_weights(sample_weights, self.tasks), context)
+        reduced = reduce_losses(present, weights)
+        return {self.tasks.index(task): loss for task, loss in reduced.items()}, zeros
 
     def _stack(self, losses: Mapping[int, Tensor], zeros: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Return the detached losses and the presence of each task, following the losses to their device."""

@@ -19,13 +19,15 @@ from mtlbalance.balancers.signals import Signals, gram_matrix
 from mtlbalance.errors import BalancerError
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
 
 class GramianBalancer(GradientBalancer):
     """Base of balancers whose weights w make Σ w_k·g_k, and depend on the task gradients only through G = JJᵀ.
 
     A subclass implements `solve` on float64 NumPy arrays of the present tasks; this class measures G, keeps
-    the weights between measurements and out of the way of non-finite ones, and hands over the gradients.
+    the weights between measurements and out of the way of non-finite ones, and hands over the gradients. A method
+    that remembers something of its tasks overrides `solve_for` as well.
 
     Args:
         tasks: K >= 1 unique task names.
@@ -74,6 +76,14 @@ class GramianBalancer(GradientBalancer):
     def solve(self, gramian: Array, losses: Array) -> Array:
         """Return the weights of P >= 1 tasks from their (P, P) Gramian, its diagonal positive, and (P,) losses."""
 
+    def solve_for(self, tasks: Indices, gramian: Array, losses: Array) -> Array:  # noqa: ARG002
+        """Return the weights of the tasks with these (P,) indices, and move what the method remembers of them."""
+        return self.solve(gramian, losses)
+
+    def weights_at_rest(self, tasks: Indices, losses: Array) -> Array:
+        """Return the weights of several tasks none of which pulls, so that only heads see them; no state change."""
+        return self.solve(np.eye(len(tasks)), losses)
+
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for the present tasks if there is something new and finite, else keep the last weights."""
         if signals.gramian_KK is not None and bool(signals.finite):
@@ -99,10 +109,11 @@ class GramianBalancer(GradientBalancer):
         if present.sum() == 1:
             weights[present] = 1.0  # nothing to balance
         elif pulling.any():
-            weights[pulling] = self.solve(gramian[np.ix_(pulling, pulling)], losses[pulling])
-            weights[present & ~pulling] = weights[pulling].mean()
+            tasks = np.flatnonzero(pulling)
+            weights[tasks] = self.solve_for(tasks, gramian[np.ix_(tasks, tasks)], losses[tasks])
+            weights[present & ~pulling] = weights[tasks].mean()
         else:
-            weights[present] = self.solve(np.eye(int(present.sum())), losses[present])
+            weights[present] = self.weights_at_rest(np.flatnonzero(present), losses[present])
         return weights
 
     def current_weights(self, present_K: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
 Gradients = list[Tensor | None]  # one a tensor that was differentiated; None where the loss does not reach it
 
+_PRODUCT_NUMBERS = 2**22  # multiplied at a time
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -150,6 +152,19 @@ def task_gradient_norms(
         require_related(task, gradients, shared)
         norms[task] = gradient_norm(gradients, loss.device) / scale
     return norms
+
+
+def cross_products(first_KP: Tensor, second_KP: Tensor) -> Tensor:
+    """Return the (K, K) inner products of the rows of two batches' gradients, in float64, without a host sync."""
+    dtype = torch.float32 if first_KP.device.type == "mps" else torch.float64
+    count, width = first_KP.shape
+    total = torch.zeros(count, count, dtype=dtype, device=first_KP.device)
+    step = max(1, _PRODUCT_NUMBERS // count)
+    with torch.autocast(first_KP.device.type, enabled=False):
+        for start in range(0, width, step):  # copies in float64 would be larger than the gradients
+            columns = slice(start, start + step)
+            total = total + first_KP[:, columns].to(dtype) @ second_KP[:, columns].to(dtype).T
+    return total
 
 
 def require_differentiable(task: str, loss: Tensor) -> None:

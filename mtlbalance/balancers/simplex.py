@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _TOLERANCE = 1e-12
+_FLAT = 1e-10  # curvature, of the largest one, that rounding may have left
 
 
 def simplex_qp(quadratic: Array, linear: Array) -> Array:
@@ -55,7 +56,11 @@ def simplex_qp(quadratic: Array, linear: Array) -> Array:
 
 
 def nonnegative_qp(quadratic: Array, linear: Array) -> Array:
-    """Minimise ½uᵀQu − bᵀu over u >= 0, Q positive semidefinite with a positive diagonal (Lawson and Hanson)."""
+    """Minimise ½uᵀQu − bᵀu over u >= 0, Q positive semidefinite with a positive diagonal (Lawson and Hanson).
+
+    Where the objective falls without bound (a direction with Qz = 0, bᵀz > 0, z >= 0) the result is no minimum: some
+    entry of Qu − b is negative.
+    """
     count = len(linear)
     root = np.sqrt(quadratic.diagonal())
     unit = quadratic / np.outer(root, root)
@@ -67,24 +72,41 @@ def nonnegative_qp(quadratic: Array, linear: Array) -> Array:
     for _ in range(50 * count):
         descent = np.where(support, -np.inf, target - unit @ solution)
         entering = int(np.argmax(descent))
-        if descent[entering] <= _TOLERANCE:
+        if descent[entering] <= _TOLERANCE * max(1.0, float(solution.max())):
             break
         support[entering] = True
-        while True:
-            trial = np.zeros(count)
-            trial[support] = _solve(unit[np.ix_(support, support)], target[support])
-            blocking = support & (trial <= 0)
+        while support.any():
+            inside = np.flatnonzero(support)
+            found, bounded = _stationary(unit[np.ix_(inside, inside)], target[inside])
+            step = found - solution[inside] if bounded else found
+            blocking = found <= 0 if bounded else found < 0
             if not blocking.any():
-                solution = trial
+                if not bounded:
+                    return np.asarray(solution * size / root)
+                solution[inside] = found
                 break
-            steps = solution[blocking] / np.maximum(
-                solution[blocking] - trial[blocking], np.finfo(np.float64).tiny
+            # Go as far as the first bound on the way, and drop it.
+            lengths = np.full(len(inside), np.inf)
+            lengths[blocking] = solution[inside][blocking] / np.maximum(
+                -step[blocking], np.finfo(np.float64).tiny
             )
-            solution = np.clip(solution + min(1.0, steps.min()) * (trial - solution), 0.0, None)
-            support &= solution > _TOLERANCE
-            if not support.any():
-                break
+            first = int(np.argmin(lengths))
+            solution[inside] = np.maximum(solution[inside] + lengths[first] * step, 0.0)
+            blocking &= solution[inside] <= _TOLERANCE
+            blocking[first] = True
+            solution[inside[blocking]] = 0.0
+            support[inside[blocking]] = False
     return np.asarray(solution * size / root)
+
+
+def project_on_simplex(point: Array) -> Array:
+    """Return the nearest point of {w >= 0, Σw = 1}: all entries less one number, and 0 where that is negative."""
+    shifted = point - point.max()  # a common shift changes nothing, and keeps large numbers exact
+    falling = np.sort(shifted)[::-1]
+    excess = (np.cumsum(falling) - 1.0) / np.arange(1, len(point) + 1)
+    threshold = excess[np.flatnonzero(falling > excess)[-1]]
+    nearest: Array = np.maximum(shifted - threshold, 0.0)
+    return nearest
 
 
 def barrier_newton(
@@ -135,6 +157,16 @@ def _equality_qp(
     values = np.zeros(len(linear))
     values[inside] = solution[:size]
     return values, -float(solution[size])
+
+
+def _stationary(quadratic: Array, linear: Array) -> tuple[Array, bool]:
+    """Return where ½vᵀQv − bᵀv is stationary, and True; if it is nowhere, a direction of steady fall, and False."""
+    values, vectors = np.linalg.eigh(quadratic)
+    parts = vectors.T @ linear
+    flat = values <= _FLAT * values[-1]
+    if np.abs(parts[flat]).max(initial=0.0) > _FLAT:
+        return np.asarray(vectors[:, flat] @ parts[flat]), False
+    return np.asarray(vectors[:, ~flat] @ (parts[~flat] / values[~flat])), True
 
 
 def _solve(matrix: Array, right: Array) -> Array:
