@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.base import Balancer
     from mtlbalance.balancers.cagrad import CAGradLoss
     from mtlbalance.balancers.cosmos import COSMOSLoss
+    from mtlbalance.balancers.cr_mogm import CRMOGMLoss
     from mtlbalance.balancers.dualproj import DualProjLoss
     from mtlbalance.balancers.dwa import DWALoss
     from mtlbalance.balancers.excess_mtl import ExcessMTLLoss
@@ -26,14 +27,19 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.gls import GLSLoss
     from mtlbalance.balancers.grace import GRACELoss
     from mtlbalance.balancers.gradnorm import GradNormLoss
+    from mtlbalance.balancers.gradvac import GradVacLoss
     from mtlbalance.balancers.imtl_g import IMTLGLoss
     from mtlbalance.balancers.imtl_l import IMTLLLoss
+    from mtlbalance.balancers.krum import KrumLoss
     from mtlbalance.balancers.mgda import MGDALoss
+    from mtlbalance.balancers.modo import MoDoLoss
     from mtlbalance.balancers.nash_mtl import NashMTLLoss
     from mtlbalance.balancers.pbi import PBILoss
+    from mtlbalance.balancers.pcd import PCDLoss
     from mtlbalance.balancers.pcgrad import PCGradLoss
     from mtlbalance.balancers.rlw import RGWLoss, RLWLoss
     from mtlbalance.balancers.sample_weights import failure_weights
+    from mtlbalance.balancers.sdmgrad import SDMGradLoss
     from mtlbalance.balancers.signals import task_gradient_norms
     from mtlbalance.balancers.stch import STCHLoss
     from mtlbalance.balancers.uncertainty import UncertaintyLoss
@@ -47,6 +53,7 @@ __all__ = [
     "Balancer",
     "CAGradLoss",
     "COSMOSLoss",
+    "CRMOGMLoss",
     "DWALoss",
     "DualProjLoss",
     "ExcessMTLLoss",
@@ -57,15 +64,20 @@ __all__ = [
     "GLSLoss",
     "GRACELoss",
     "GradNormLoss",
+    "GradVacLoss",
     "IMTLGLoss",
     "IMTLLLoss",
+    "KrumLoss",
     "MGDALoss",
+    "MoDoLoss",
     "MtlBalanceError",
     "NashMTLLoss",
     "PBILoss",
+    "PCDLoss",
     "PCGradLoss",
     "RGWLoss",
     "RLWLoss",
+    "SDMGradLoss",
     "STCHLoss",
     "UPGradLoss",
     "UncertaintyLoss",
@@ -80,6 +92,7 @@ _HOME = {
     "Balancer": "mtlbalance.balancers.base",
     "CAGradLoss": "mtlbalance.balancers.cagrad",
     "COSMOSLoss": "mtlbalance.balancers.cosmos",
+    "CRMOGMLoss": "mtlbalance.balancers.cr_mogm",
     "DualProjLoss": "mtlbalance.balancers.dualproj",
     "DWALoss": "mtlbalance.balancers.dwa",
     "ExcessMTLLoss": "mtlbalance.balancers.excess_mtl",
@@ -91,14 +104,19 @@ _HOME = {
     "GLSLoss": "mtlbalance.balancers.gls",
     "GRACELoss": "mtlbalance.balancers.grace",
     "GradNormLoss": "mtlbalance.balancers.gradnorm",
+    "GradVacLoss": "mtlbalance.balancers.gradvac",
     "IMTLGLoss": "mtlbalance.balancers.imtl_g",
     "IMTLLLoss": "mtlbalance.balancers.imtl_l",
+    "KrumLoss": "mtlbalance.balancers.krum",
     "MGDALoss": "mtlbalance.balancers.mgda",
+    "MoDoLoss": "mtlbalance.balancers.modo",
     "NashMTLLoss": "mtlbalance.balancers.nash_mtl",
     "PBILoss": "mtlbalance.balancers.pbi",
+    "PCDLoss": "mtlbalance.balancers.pcd",
     "PCGradLoss": "mtlbalance.balancers.pcgrad",
     "RGWLoss": "mtlbalance.balancers.rlw",
     "RLWLoss": "mtlbalance.balancers.rlw",
+    "SDMGradLoss": "mtlbalance.balancers.sdmgrad",
     "STCHLoss": "mtlbalance.balancers.stch",
     "task_gradient_norms": "mtlbalance.balancers.signals",
     "UncertaintyLoss": "mtlbalance.balancers.uncertainty",

@@ -132,13 +132,12 @@ def register_balancers() -> list[BalancerRegistration]:
             GRACEOptions,
             "mtlbalance.balancers.grace:GRACELoss",
         ),
-        *GRAMIAN_BALANCERS,
     ]
     registrations = [
         BalancerRegistration(name, summary, options, FromClass(reference), check_balancer_options)
         for name, summary, options, reference in methods
     ]
-    return [*registrations, *LOSS_BALANCERS]
+    return [*registrations, *GRAMIAN_BALANCERS, *LOSS_BALANCERS]
 
 
 @hookimpl

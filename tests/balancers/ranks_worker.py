@@ -74,6 +74,9 @@ def scenarios() -> dict[str, dict]:
         "none": {"sync": "none"},
         "non-finite on rank 1": {"bad": True},
         "update after the step": {"update": True},  # of methods that have one
+        "a pair observed": {"observe": 2, "missing": "b"},
+        "a pair observed, empty": {"observe": 2, "empty": "abc"},
+        "one observed": {"observe": 1, "sync": "norms"},
     }
 
 
@@ -86,26 +89,33 @@ def train(
     missing, empty = scenario.get("missing", ""), scenario.get("empty", "")
     model = DistributedDataParallel(core, find_unused_parameters=bool(missing)) if distributed else core
     options = {key: scenario[key] for key in ("delivery", "sync") if key in scenario}
-    balancer = make_balancer(method, TASKS, warmup_steps=1, beta=0.5, max_weight=1.0, **options)
+    balancer = make_balancer(method, TASKS, warmup_steps=1, beta=0.5, gamma=0.001, max_weight=1.0, **options)
     optimizer = torch.optim.SGD([*core.parameters(), *balancer.parameters()], lr=0.05)
     if scenario.get("hooks"):
         for parameter in core.parameters():
             parameter.register_hook(lambda gradient: 0.5 * gradient)
     weights, following = [], []
     everywhere = torch.ones(len(TASKS), dtype=torch.bool)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        tasks = tuple(task for task in TASKS if not (distributed and rank == 1 and task in missing))
-        share = slice(rank * PER_RANK, (rank + 1) * PER_RANK) if distributed else slice(None)
+    tasks = tuple(task for task in TASKS if not (distributed and rank == 1 and task in missing))
+    share = slice(rank * PER_RANK, (rank + 1) * PER_RANK) if distributed else slice(None)
+
+    def batch(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         targets = {task: target[step, share] for task, target in steps_targets.items()}
-        predictions = model(steps_inputs[step, share], tasks)
-        losses = per_sample(predictions, targets)
+        losses = per_sample(model(steps_inputs[step, share], tasks), targets)
         for task in missing + empty:
             if not distributed:  # averaged over the ranks that have it
                 losses[task] = torch.cat([losses[task][:PER_RANK], losses[task][2 * PER_RANK :]])
                 targets[task] = torch.cat([targets[task][:PER_RANK], targets[task][2 * PER_RANK :]])
             elif rank == 1 and task in empty:
                 losses[task], targets[task] = losses[task][:0], targets[task][:0]
+        return losses, targets
+
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for other in range(scenario.get("observe", 0)):
+            seen = (step + 1 + other) % STEPS
+            balancer.observe(batch(seen)[0], shared_params=core.trunk.parameters())
+        losses, targets = batch(step)
         if scenario.get("bad") and rank == 1 and step == 2:
             losses["a"] = losses["a"] * torch.inf
         shared = core.features if scenario.get("features") else core.trunk.parameters()
@@ -148,6 +158,8 @@ def main() -> None:
             if scenario.get("features") and make_balancer(method).needs_parameters:
                 continue
             if scenario.get("update") and method != "famo":
+                continue
+            if scenario.get("observe") and method not in ("sdmgrad", "modo"):
                 continue
             results[f"{method}/{name}"] = train(method, scenario, rank, world, inputs, targets)
     torch.save(results, out / f"rank{rank}.pt")

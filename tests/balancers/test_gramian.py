@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from mtlbalance import (
     AlignedMTLLoss,
     CAGradLoss,
+    CRMOGMLoss,
     DualProjLoss,
     FairGradLoss,
+    GradVacLoss,
     IMTLGLoss,
+    KrumLoss,
     MGDALoss,
     NashMTLLoss,
+    PCDLoss,
     PCGradLoss,
     UPGradLoss,
 )
@@ -35,6 +39,10 @@ GRAMIAN_METHODS = [
     AlignedMTLLoss,
     UPGradLoss,
     DualProjLoss,
+    GradVacLoss,
+    KrumLoss,
+    PCDLoss,
+    CRMOGMLoss,
 ]
 
 
@@ -66,6 +74,10 @@ GOLDEN = [
     (AlignedMTLLoss, {}, [0.5591, 0.4083], [0.2133, 0.9673, 0.9673]),
     (UPGradLoss, {}, [1.1111, 0.7895], [0.2924, 1.9006, 1.9006]),  # .2929, 1.9004 with a regularised Gramian
     (DualProjLoss, {}, [0.6111, 0.5], [0.5556, 1.1111, 1.1111]),
+    (GradVacLoss, {}, [2.2222, 1.5789], [0.5848, 3.8012, 3.8012]),  # PCGrad at first: its targets start at 0
+    (KrumLoss, {}, [0.5, 0.5], [1.0, 1.0, 1.0]),  # two tasks cannot judge each other
+    (PCDLoss, {"tau": 0.0}, [1.8493, 1.0707], [-0.9733, 2.9200, 2.9200]),  # √18/‖g_1 + 22/38·g_2‖ times that
+    (CRMOGMLoss, {}, [0.6, 0.4], [0.0, 1.0, 1.0]),  # MGDA at first
 ]
 
 
@@ -205,12 +217,13 @@ def test_cagrad_options():
         CAGradLoss(("a", "b"), rescale="sqared")
 
 
-@pytest.mark.parametrize("cls", GRAMIAN_METHODS)
+UNRANKED = [cls for cls in GRAMIAN_METHODS if cls is not PCDLoss]  # its first task is the first
+
+
+@pytest.mark.parametrize("cls", UNRANKED)
 def test_permuting_tasks_permutes_weights(cls):
-    if cls is PCGradLoss:  # noqa: SIM108
-        jacobian = random_jacobian(1, 2, 6)  # for more tasks the order of projections is drawn
-    else:
-        jacobian = random_jacobian(1, 4, 6)
+    drawn = cls in (PCGradLoss, GradVacLoss)  # for more than two tasks the order of projections is
+    jacobian = random_jacobian(1, 2 if drawn else 4, 6)
     order = np.random.default_rng(0).permutation(len(jacobian))
     np.testing.assert_allclose(solve(cls, jacobian[order]), solve(cls, jacobian)[order], rtol=1e-7, atol=1e-9)
 
@@ -242,6 +255,8 @@ def test_identical_parallel_and_opposed_gradients(cls, factor):
     assert np.isfinite(applied).all()
     if factor > 0:
         assert gradient @ row > 0
+    elif cls is PCDLoss:  # the other task gains its share, whatever it costs
+        np.testing.assert_allclose(gradient, -row, rtol=1e-5)
     elif cls is not NashMTLLoss and cls is not FairGradLoss:
         np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 

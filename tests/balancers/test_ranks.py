@@ -130,6 +130,22 @@ def test_famo_updates_from_all_ranks(runs, worker):
         assert found["weights"] == ranks[0]["famo/update after the step"]["weights"]
 
 
+@pytest.mark.parametrize("sampling", ["sdmgrad", "modo"])
+@pytest.mark.parametrize("name", ["a pair observed", "a pair observed, empty", "one observed"])
+def test_observed_batches_are_of_all_ranks(sampling, name, runs, worker):
+    """Exactly, with sync="norms" too: the product of two means is no mean of products."""
+    world, ranks = runs
+    expected = reference(worker, sampling, name, world)
+    plain = {"missing": "absent on rank 1", "empty": "no task on rank 1"}
+    plain = next((plain[key] for key in plain if key in worker.scenarios()[name]), "parameters")
+    assert expected["weights"] != reference(worker, sampling, plain, world)["weights"]
+    for found in (rank[f"{sampling}/{name}"] for rank in ranks):
+        for ours, theirs in zip(found["weights"], expected["weights"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+        for ours, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.situation("sync='norms'")
 def test_norms_are_an_approximation_that_all_ranks_share(method, runs, worker):
     world, ranks = runs
