@@ -79,6 +79,14 @@ class TrainingError(MtlBalanceError):
     exit_code: ClassVar[int] = 1
 
 
+class OtherRankError(TrainingError):
+    """Another process of the same run failed; it says why."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # of the rank that failed
+
+
 class NonFiniteError(TrainingError):
     """A loss, a gradient or a weight became NaN or infinite."""
 

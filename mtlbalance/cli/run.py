@@ -35,6 +35,8 @@ def run(
 
     with stdout_for_results():
         outcome = run_training(loaded, out=out, fresh=fresh, quiet=quiet)
+    if not outcome.is_first:  # rank 0 speaks for all
+        return
     if as_json:
         print_json({**outcome.results, "run_dir": str(outcome.run_dir), "status": outcome.status})
     else:

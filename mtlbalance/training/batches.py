@@ -17,6 +17,7 @@ from mtlbalance.datasets.in_memory import InMemoryDataset
 from mtlbalance.errors import DataError
 from mtlbalance.slots import Sample
 from mtlbalance.training.samples import SeededSamples
+from mtlbalance.training.team import Team
 
 
 class Batch(NamedTuple):
@@ -24,6 +25,8 @@ class Batch(NamedTuple):
 
     inputs: Tensor
     targets: dict[str, Tensor]
+    num_samples: int  # over all ranks
+    weight: Tensor | None = None  # (B,), where ranks have shares of different sizes
 
 
 EvaluationBatch: TypeAlias = tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -63,6 +66,24 @@ class ShuffleOrder:
         seed = int(torch.randint(2**62, (), generator=self.seeds))
         return permutation[first_batch * self.batch_size :], seed
 
+    def shares(self, numbers: Tensor, team: Team) -> Iterator[tuple[Tensor, int, Tensor | None]]:
+        """Yield of each batch this rank's sample numbers, the size of the whole batch, and the samples' weights.
+
+        Ranks have shares of the same size, filled up with samples of weight 0 where the batch cannot be divided: the
+        mean over ranks of their weighted means is then the mean over the batch.
+        """
+        for batch in _split(numbers, self.batch_size):
+            size = len(batch)
+            if team.size == 1:
+                yield batch, size, None
+                continue
+            share = -(-size // team.size)
+            places = torch.arange(team.rank * share, (team.rank + 1) * share, device=batch.device)
+            weight = None
+            if share * team.size != size:
+                weight = (places < size).double() * (share * team.size / size)
+            yield batch[places.clamp(max=size - 1)], size, weight
+
     def state_dict(self, *, within_epoch: bool = False) -> dict[str, Tensor]:
         """Return the generators' states; ``within_epoch``: those from which the last epoch was drawn."""
         return self._before if within_epoch else self._generators()
@@ -79,20 +100,25 @@ class ShuffleOrder:
 class _IndexedBatches:
     """Batches of a dataset whose tensors lie on the device."""
 
-    def __init__(self, dataset: InMemoryDataset, order: ShuffleOrder, device: torch.device) -> None:
+    def __init__(
+        self, dataset: InMemoryDataset, order: ShuffleOrder, device: torch.device, team: Team
+    ) -> None:
         self._inputs = dataset.inputs.to(device)
         self._targets = {name: column.to(device) for name, column in dataset.targets.items()}
         self._order = order
+        self._team = team
 
     def __len__(self) -> int:
         return len(self._order)
 
     def epoch(self, first_batch: int = 0) -> Iterator[Batch]:
         numbers, _ = self._order.draw(first_batch)
-        for index in _split(numbers.to(self._inputs.device), self._order.batch_size):
+        for index, size, weight in self._order.shares(numbers.to(self._inputs.device), self._team):
             yield Batch(
                 self._inputs.index_select(0, index),
                 {name: column.index_select(0, index) for name, column in self._targets.items()},
+                size,
+                weight,
             )
 
 
@@ -100,10 +126,16 @@ class _LoadedBatches:
     """Batches of any map-style dataset."""
 
     def __init__(
-        self, dataset: Dataset[Sample], order: ShuffleOrder, device: torch.device, num_workers: int
+        self,
+        dataset: Dataset[Sample],
+        order: ShuffleOrder,
+        device: torch.device,
+        num_workers: int,
+        team: Team,
     ) -> None:
         self._dataset = dataset
         self._order = order
+        self._team = team
         self._device = device
         self._num_workers = num_workers
 
@@ -112,18 +144,26 @@ class _LoadedBatches:
 
     def epoch(self, first_batch: int = 0) -> Iterator[Batch]:
         numbers, seed = self._order.draw(first_batch)
-        batches = [index.tolist() for index in _split(numbers, self._order.batch_size)]
+        shares = list(self._order.shares(numbers, self._team))
+        batches = [index.tolist() for index, _, _ in shares]
         pin = self._device.type == "cuda"
         loader = _loader(SeededSamples(self._dataset, seed), batches, self._num_workers, pin_memory=pin)
-        for inputs, targets, _ in loader:
+        for (inputs, targets, _), (_, size, weight) in zip(loader, shares, strict=True):
             yield Batch(
                 inputs.to(self._device, non_blocking=True),
                 {name: column.to(self._device, non_blocking=True) for name, column in targets.items()},
+                size,
+                None if weight is None else weight.to(self._device),
             )
 
 
 def training_batches(
-    dataset: Dataset[Sample], order: ShuffleOrder, device: torch.device, *, num_workers: int = 0
+    dataset: Dataset[Sample],
+    order: ShuffleOrder,
+    device: torch.device,
+    *,
+    num_workers: int = 0,
+    team: Team | None = None,
 ) -> TrainingBatches:
     """Return the batches of one set in the given order.
 
@@ -132,10 +172,12 @@ def training_batches(
         order: what is drawn.
         device: where the batches are needed.
         num_workers: processes that load, for a dataset that is not in memory.
+        team: the ranks that share each batch; None: this process alone.
     """
+    team = team or Team()
     if isinstance(dataset, InMemoryDataset):
-        return _IndexedBatches(dataset, order, device)
-    return _LoadedBatches(dataset, order, device, num_workers)
+        return _IndexedBatches(dataset, order, device, team)
+    return _LoadedBatches(dataset, order, device, num_workers, team)
 
 
 class EvaluationBatches:

@@ -14,6 +14,7 @@ import json
 import pickle
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,12 @@ class Checkpoints:
             ""  # of the best weights, from when they were made: a file damaged since is not blessed
         )
 
-    def save(self, state: RunState, *, is_best: bool = False) -> None:
+    def save(self, state: RunState, generators: Sequence[dict[str, Any]], *, is_best: bool = False) -> None:
         """Write a checkpoint of ``state``, then remove those that are no longer needed.
 
         Args:
             state: the run, between two steps.
+            generators: the ``rng_state`` of every rank.
             is_best: whether the epoch that just ended is the best so far.
         """
         with atomic.writing(self.folder):
@@ -74,7 +76,7 @@ class Checkpoints:
             sums[best.name] = self._best_sum
         name = checkpoint_name(state)
         buffer = io.BytesIO()
-        torch.save(state.state_dict(), buffer)
+        torch.save(state.state_dict(generators), buffer)
         for suffix, content in ((".safetensors", _safetensors(state.weights())), (".pt", buffer.getvalue())):
             sums[name + suffix] = sha256(content)
             atomic.write_bytes(self.folder / (name + suffix), content, sync=False)

@@ -6,10 +6,20 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer
-from mtlbalance.balancers.signals import task_gradient_norms
+from mtlbalance.balancers.graph import casts_to_half
+from mtlbalance.balancers.probe_scale import half_scale
+from mtlbalance.balancers.ranks import Ranks, active_ranks
+from mtlbalance.balancers.signals import (
+    Gradients,
+    gradient_norm,
+    require_related,
+    task_gradient_norms,
+    task_gradients,
+)
 from mtlbalance.errors import BalancerError
 from mtlbalance.training.record import Row
 
@@ -48,7 +58,11 @@ class GradientStats:
         if self._reported or self._unmeasurable or self._every == 0 or epoch % self._every != 0:
             return
         try:
-            self._measured = task_gradient_norms(losses, self._shared)
+            ranks = active_ranks(None)
+            if ranks is None:
+                self._measured = task_gradient_norms(losses, self._shared)
+            else:
+                self._measured = _norms_over_ranks(losses, list(self._shared), ranks)
         except BalancerError as error:
             self._unmeasurable = True
             warnings.warn(
@@ -70,6 +84,21 @@ class GradientStats:
             first, second = (row[f"grad_norm_{task}"] for task in tasks)
             row["grad_ratio"] = first / second if first is not None and second else None
         return row
+
+
+def _norms_over_ranks(losses: Mapping[str, Tensor], shared: list[Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Return the norms of each task's gradient on the whole batch, which ranks share."""
+    shared = [parameter for parameter in shared if parameter.requires_grad]
+    rows: dict[int, Gradients] = {}
+    for index, (task, loss) in enumerate(losses.items()):
+        mean = loss.float().mean() if loss.element_size() < 4 else loss.mean()
+        scale = half_scale(mean) if casts_to_half([mean]) else torch.ones((), device=mean.device)
+        found = task_gradients(mean * scale, shared, retain_graph=True)
+        require_related(task, found, shared)
+        rows[index] = [None if gradient is None else gradient / scale for gradient in found]
+    everywhere = torch.full((len(losses),), float(ranks.size), device=shared[0].device)
+    means = ranks.mean_gradients(rows, shared, everywhere)
+    return {task: gradient_norm(means[index], losses[task].device) for index, task in enumerate(losses)}
 
 
 def _known(value: float | None) -> float | None:

@@ -12,7 +12,7 @@ class Observers:
     """Calls the hooks ``on_run_start``, ``on_epoch_end`` and ``on_run_end`` of every plugin that has them.
 
     Args:
-        hook: pluggy's hook relay.
+        hook: pluggy's hook relay; None, on all ranks but the first: nobody is told.
         log: where a failure is noted.
     """
 
@@ -23,6 +23,8 @@ class Observers:
 
     def notify(self, event: str, **arguments: Any) -> None:
         """Call one hook; every plugin gets its own chance to fail."""
+        if self._hook is None:
+            return
         for implementation in reversed(getattr(self._hook, event).get_hookimpls()):
             name = implementation.plugin_name
             if name in self._disabled:

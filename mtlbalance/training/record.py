@@ -52,11 +52,13 @@ class CsvTable:
 class EventLog:
     """``log.jsonl``: one JSON object a line, with its UTC time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def write(self, event: str, **details: Any) -> None:
-        """Add an event."""
+        """Add an event; without a path, on all ranks but the first, nothing."""
+        if self._path is None:
+            return
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event} | details
         text = json.dumps(strict_json(line), default=str) + "\n"
         with atomic.writing(self._path), self._path.open("ab+") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from mtlbalance.training.early_stopping import BestEpoch, EarlyStopping
 from mtlbalance.training.gradient_stats import GradientStats
 from mtlbalance.training.model import MultiTaskModel
 from mtlbalance.training.record import Row
-from mtlbalance.training.seeding import rng_state, set_rng_state
+from mtlbalance.training.seeding import set_rng_state
 from mtlbalance.training.step_losses import StepLosses
 
 
@@ -99,8 +99,12 @@ class RunState:
         """Return the live and the averaged weights and buffers by name."""
         return {name: value for name, value in self._modules().items() if isinstance(value, Tensor)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all but ``weights``, global random generators included: tensors, numbers, strings, containers."""
+    def state_dict(self, generators: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return all but ``weights``: tensors, numbers, strings, containers.
+
+        Args:
+            generators: the ``rng_state`` of every rank.
+        """
         in_batches = self.unfinished is not None and self.unfinished.row is None
         state: dict[str, Any] = {
             "extra": {
@@ -121,7 +125,7 @@ class RunState:
             "metrics": self.metrics,
             "gradient_stats": self.gradient_stats,
             "unfinished": None,
-            "rng": rng_state(),
+            "rng": list(generators),
         }
         if self.unfinished is not None:
             state["unfinished"] = {
@@ -133,8 +137,11 @@ class RunState:
             }
         return state
 
-    def load_state_dict(self, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Become the saved state, the global random generators included."""
+    def load_state_dict(self, weights: Mapping[str, Tensor], state: dict[str, Any], *, rank: int = 0) -> None:
+        """Become the saved state, the global random generators of this rank included.
+
+        A rank that was not there when the run was saved keeps its generators as they are.
+        """
         modules = {**weights, **state["extra"]}
         self.model.load_state_dict(_below("model.", modules))
         self.ema.load_state_dict(_below("ema.", modules))
@@ -160,7 +167,8 @@ class RunState:
             epoch.stats_row = unfinished["stats_row"]
             epoch.row = unfinished["row"]
             epoch.seconds = unfinished["seconds"]
-        set_rng_state(state["rng"])
+        if rank < len(state["rng"]):
+            set_rng_state(state["rng"][rank])
 
     def _modules(self) -> dict[str, Any]:
         return {

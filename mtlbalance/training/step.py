@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlbalance.config.sections import TrainingSection
-from mtlbalance.errors import NonFiniteError
+from mtlbalance.errors import NonFiniteError, TrainingError
 from mtlbalance.slots import TaskSpec
 from mtlbalance.training.batches import Batch
 from mtlbalance.training.losses import TaskLosses
@@ -16,6 +16,7 @@ from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.precision import autocast, scaled_step
 from mtlbalance.training.state import RunState
 from mtlbalance.training.step_losses import StepLosses
+from mtlbalance.training.team import Team
 
 _LESS_DATA = "training.batch_size, or the backbone's size"
 _LESS_BALANCING = f"{_LESS_DATA}, or choose a balancer that keeps no gradients of each task"
@@ -35,13 +36,24 @@ class TrainingStep:
         tasks: the tasks.
         training: the options.
         device: where the model is.
+        forward: the model, or its wrapper that averages gradients over ranks.
+        team: the ranks.
     """
 
     def __init__(
-        self, state: RunState, tasks: Sequence[TaskSpec], training: TrainingSection, device: torch.device
+        self,
+        state: RunState,
+        tasks: Sequence[TaskSpec],
+        training: TrainingSection,
+        device: torch.device,
+        forward: nn.Module,
+        team: Team,
     ) -> None:
         self.state = state
         self.training = training
+        self._forward = forward
+        self._team = team
+        self._learned = [p for p in state.balancer.parameters() if p.requires_grad]
         self._autocast = autocast(training.precision, device)
         self._losses = TaskLosses(tasks)
         self._shared: Sequence[Tensor] = list(state.model.trunk.parameters())
@@ -66,8 +78,10 @@ class TrainingStep:
         state, model, optimizer = self.state, self.state.model, self.state.optimizer
         buffers = [buffer.clone() for buffer in self._buffers] if self._skips else []
         with names_out_of_memory("the forward pass", _LESS_DATA), self._autocast:
-            predictions = model(batch.inputs)  # 4 forward
+            predictions = self._forward(batch.inputs)  # 4 forward
             losses = self._losses(predictions, batch.targets)  # 5 inner losses, one value a sample
+            if batch.weight is not None:
+                losses = {task: batch.weight.to(loss.dtype) * loss for task, loss in losses.items()}
         with names_out_of_memory(f"balancing by {state.balancer.get_name()}", _LESS_BALANCING):
             if measure:
                 state.stats.before_balancing(losses, epoch)
@@ -77,18 +91,21 @@ class TrainingStep:
         with names_out_of_memory("the backward pass", _LESS_DATA):
             optimizer.zero_grad(set_to_none=True)
             state.scaler.scale(total).backward()  # 7 backward
+            for learned in self._learned:
+                if learned.grad is not None:
+                    self._team.mean_(learned.grad)
             state.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)  # 8 clip the joint norm
         if state.scaler.is_enabled():  # an overflow is the scaler's to handle
             norm = torch.nan_to_num(norm, 0.0, 0.0, 0.0)
-        row = kept.row(losses, total, norm)
+        row = self._team.mean_(kept.row(losses, total, norm))
         state.step += 1
         if self._skips and not bool(torch.isfinite(row).all()):
             self._leave_out(buffers)
             return self._within_budget(
                 f"{kept.describe(row)} in epoch {epoch}, step {state.step - 1} of the run"
             )
-        kept.keep(row, losses, epoch)
+        kept.keep(row, losses, batch.num_samples, epoch)
         with names_out_of_memory("the optimizer step", "the backbone's size"):
             if scaled_step(state.scaler, optimizer):  # 9 AdamW
                 state.ema.update_parameters(model)  # 10 weight EMA
@@ -110,6 +127,19 @@ class TrainingStep:
                 "out, so training stopped. Look at that task's data, or lower training.lr"
             )
         return reason
+
+    def check_ranks(self) -> None:
+        """Raise TrainingError if ranks hold different weights, which nothing else would show."""
+        if self._team.size == 1:
+            return
+        sums = torch.stack([p.detach().double().sum() for p in (*self._parameters, *self._learned)])
+        everywhere = self._team.all(sums.tolist())
+        apart = [rank for rank, found in enumerate(everywhere) if found != everywhere[0]]
+        if apart:
+            raise TrainingError(
+                f"ranks {', '.join(map(str, apart))} hold other weights than rank 0, so they have been trained apart; "
+                "what a backbone or a balancer changes by itself must change alike on every rank"
+            )
 
     def check_weights(self, epoch: int) -> None:
         """Raise NonFiniteError if a weight or a buffer is not finite: that must not reach a checkpoint."""

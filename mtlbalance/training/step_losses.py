@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,22 @@ class StepLosses:
         row = [losses[task].detach().mean() if task in losses else nothing for task in self.tasks]
         return torch.stack([value.float() for value in (*row, total.detach(), grad_norm)])
 
-    def keep(self, row_C: Tensor, losses: Mapping[str, Tensor], epoch: int) -> None:
+    def keep(self, row_C: Tensor, present: Iterable[str], num_samples: int, epoch: int) -> None:
         """Keep a step's row and look for a non-finite one, on the CPU at once.
+
+        Args:
+            row_C: as ``row`` returns it.
+            present: the tasks that have a loss.
+            num_samples: of the whole batch.
+            epoch: from 0.
 
         Raises:
             NonFiniteError: a loss or the gradient is NaN or infinite.
         """
         step = len(self._counts_SK)
         self._values_SC[step] = row_C
-        self._counts_SK.append([len(losses[task]) if task in losses else 0 for task in self.tasks])
+        found = set(present)
+        self._counts_SK.append([num_samples if task in found else 0 for task in self.tasks])
         if step + 1 - self._checked >= self._check_every:
             self.check(epoch)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from mtlbalance.config.sections import TrainingSection
 from mtlbalance.errors import DataError, NonFiniteError, TrainingError
@@ -17,6 +18,7 @@ from mtlbalance.training.checkpoints import Checkpoints
 from mtlbalance.training.evaluation import predict, score
 from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.observers import Observers
+from mtlbalance.training.parallel import average_over_ranks
 from mtlbalance.training.progress import ProgressReport
 from mtlbalance.training.record import CsvTable, EventLog, Row
 from mtlbalance.training.samples import reading
@@ -25,6 +27,7 @@ from mtlbalance.training.seeding import rng_state, set_rng_state
 from mtlbalance.training.state import RunState, UnfinishedEpoch
 from mtlbalance.training.step import TrainingStep
 from mtlbalance.training.stopping import StopRequest, stop_exception
+from mtlbalance.training.team import Team
 
 StopReason = Literal["epochs", "early-stop", "non-finite"]
 
@@ -40,6 +43,7 @@ class Trainer:
         watched: the set that decides best epoch, plateau and early stop.
         training: the options.
         device: where the model is.
+        team: the ranks that train together; only the first one touches what follows.
         checkpoints: where the run is saved.
         run_dir: the run's folder.
         stop: whether the run was asked to stop.
@@ -58,6 +62,7 @@ class Trainer:
         training: TrainingSection,
         device: torch.device,
         *,
+        team: Team,
         checkpoints: Checkpoints,
         run_dir: Path,
         stop: StopRequest,
@@ -71,13 +76,17 @@ class Trainer:
         self.batches = batches
         self.watched = watched
         self.training = training
+        self.team = team
         self.checkpoints = checkpoints
         self.run_dir = run_dir
         self.stop = stop
         self.progress = progress
         self.observers = observers
         self.log = log
-        self._step = TrainingStep(state, data.tasks, training, device)
+        forward: nn.Module = state.model
+        if team.size > 1:
+            forward = average_over_ranks(state.model, data.train[0][0].unsqueeze(0))
+        self._step = TrainingStep(state, data.tasks, training, device, forward, team)
         self._saved_at = self._session_began = time.monotonic()
 
     def fit(self) -> StopReason:
@@ -101,8 +110,7 @@ class Trainer:
 
     def _fit(self) -> StopReason:
         state, training = self.state, self.training
-        self._metrics_csv = CsvTable(self.run_dir / "metrics.csv", state.metrics)
-        self._stats_csv = CsvTable(self.run_dir / "gradient_stats.csv", state.gradient_stats)
+        self.team.first(self._open_tables)
         if state.unfinished is None and state.early_stopping.exhausted(state.epoch):
             return "early-stop"  # killed between the last checkpoint and the results
         for epoch in range(state.epoch + 1, training.epochs):
@@ -111,6 +119,10 @@ class Trainer:
                 return "early-stop"
             self._leave_if_asked()
         return "epochs"
+
+    def _open_tables(self) -> None:
+        self._metrics_csv = CsvTable(self.run_dir / "metrics.csv", self.state.metrics)
+        self._stats_csv = CsvTable(self.run_dir / "gradient_stats.csv", self.state.gradient_stats)
 
     def _epoch(self, epoch: int) -> None:
         state, training = self.state, self.training
@@ -134,12 +146,16 @@ class Trainer:
         state.wall_seconds += seconds
         state.metrics.append(row)
         state.gradient_stats.append(unfinished.stats_row)
-        self._metrics_csv.append(row)
-        self._stats_csv.append(unfinished.stats_row)
-        self.checkpoints.save(state, is_best=is_best)
+        generators = self.team.all(rng_state())
+        self.team.first(lambda: self._keep(row, unfinished.stats_row, generators, is_best))
         self._saved_at = time.monotonic()
         self.progress.epoch(row, state.balancer.get_weights(), self._best_in_words())
         self.observers.notify("on_epoch_end", run_dir=self.run_dir, epoch=epoch, metrics=dict(row))
+
+    def _keep(self, row: Row, stats_row: Row, generators: list[dict[str, Any]], is_best: bool) -> None:
+        self._metrics_csv.append(row)
+        self._stats_csv.append(stats_row)
+        self.checkpoints.save(self.state, generators, is_best=is_best)
 
     def _train(self, epoch: int, unfinished: UnfinishedEpoch) -> None:
         """Stages 3 to 10, from the first batch that is not done yet."""
@@ -163,12 +179,16 @@ class Trainer:
                 unfinished.stats_row = state.stats.row(epoch, state.step)
             unfinished.batches += 1
             self.progress.step(epoch, index, unfinished.losses.means)
-            if self.stop.signum or time.monotonic() - self._saved_at >= 60 * self.training.checkpoint_minutes:
+            overdue = time.monotonic() - self._saved_at >= 60 * self.training.checkpoint_minutes
+            signum, due = self.team.largest(self.stop.signum, int(overdue))
+            if signum or due:
                 self._save(unfinished)
-                self._leave_if_asked()
+            if signum:
+                raise stop_exception(signum)
         state.balancer.end_epoch()
         unfinished.losses.check(epoch)
         self._step.check_weights(epoch)
+        self._step.check_ranks()
         unfinished.row = {**row, "step": state.step, **unfinished.losses.means()}
 
     def _training_batches(self, first: int) -> Iterator[Batch]:
@@ -181,23 +201,32 @@ class Trainer:
                 yield from batches
         except (DataError, TrainingError):
             unfinished = self.state.unfinished
-            if unfinished is not None and unfinished.batches:
+            if (
+                self.team.size == 1 and unfinished is not None and unfinished.batches
+            ):  # other ranks are in a step
                 self._save(unfinished)
-            self._leave_if_asked()  # a process that loads samples may have died of the same signal
+                self._leave_if_asked()  # a process that loads samples may have died of the same signal
             raise
 
     def _evaluate(self) -> dict[str, float]:
+        """Evaluate on rank 0; asked to stop meanwhile, save the run as it was before, and stop."""
         generators = rng_state()
+        metrics = self.team.shared(self._evaluate_here)
+        if metrics is None:
+            set_rng_state(generators)
+            assert self.state.unfinished is not None
+            self._save(self.state.unfinished)
+            self._leave_if_asked()
+            raise AssertionError("an evaluation ends early only when a stop was asked for")
+        return metrics
+
+    def _evaluate_here(self) -> dict[str, float] | None:
         try:
             with names_out_of_memory("the evaluation", "training.eval_batch_size"):
                 (predictions,) = predict([self.state.ema], self._watched_batches())
                 return score(self.data, predictions)
         except _StopRequestedError:
-            set_rng_state(generators)
-            assert self.state.unfinished is not None
-            self._save(self.state.unfinished)
-            self._leave_if_asked()
-            raise
+            return None
 
     def _watched_batches(self) -> Iterator[EvaluationBatch]:
         which = "test" if self.data.validation is None else "validation"
@@ -213,20 +242,22 @@ class Trainer:
         self._step.check_weights(epoch)
         seconds = unfinished.seconds
         unfinished.seconds = self._seconds(unfinished)
-        self.checkpoints.save(self.state)
+        generators = self.team.all(rng_state())
+        self.team.first(lambda: self.checkpoints.save(self.state, generators))
         unfinished.seconds = seconds
         self._saved_at = time.monotonic()
 
     def _leave_if_asked(self) -> None:
-        if self.stop.signum:
-            raise stop_exception(self.stop.signum)
+        (signum,) = self.team.largest(self.stop.signum)
+        if signum:
+            raise stop_exception(signum)
 
     def _end_before(self, error: NonFiniteError) -> StopReason:
         """Go back to the end of the last epoch, and end the run there."""
-        saved = self.checkpoints.end_of_epoch(self.state.epoch)
+        saved = self.team.shared(lambda: self.checkpoints.end_of_epoch(self.state.epoch))
         if saved is None:
             raise error
-        self.state.load_state_dict(saved.weights, saved.state)
+        self.state.load_state_dict(saved.weights, saved.state, rank=self.team.rank)
         self.log.write("stopped_non_finite", reason=str(error), last_finished_epoch=self.state.epoch)
         self.progress.notice(f"training ends after epoch {self.state.epoch}: {error}")
         return "non-finite"

@@ -39,6 +39,12 @@ ema_decay = 0.8
 Configure = Callable[..., RunConfig]
 
 
+@pytest.fixture(scope="session")
+def config_text() -> str:
+    """The config of a small run; ``OUTPUT`` stands for its output folder."""
+    return CONFIG
+
+
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
     """Returns ``configure(*overrides) -> RunConfig`` of a small run below ``tmp_path``."""

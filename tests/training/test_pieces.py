@@ -121,7 +121,9 @@ def test_both_ways_of_batching_give_the_same_batches(
         for dataset in (tensors, torch.utils.data.Subset(tensors, range(10)))
     ]
     for _ in range(2):
-        first, second = ([(x.tolist(), y["level"].tolist()) for x, y in stream.epoch()] for stream in streams)
+        first, second = (
+            [(b.inputs.tolist(), b.targets["level"].tolist()) for b in stream.epoch()] for stream in streams
+        )
         assert first == second
         assert [len(x) for x, _ in first] == sizes
         assert all(y == [2 * value for value in x] for x, y in first)
