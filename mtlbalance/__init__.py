@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.stch import STCHLoss
     from mtlbalance.balancers.uncertainty import UncertaintyLoss
     from mtlbalance.balancers.upgrad import UPGradLoss
+    from mtlbalance.inference.loaded_run import load_run
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ __all__ = [
     "UncertaintyLoss",
     "__version__",
     "failure_weights",
+    "load_run",
     "task_gradient_norms",
 ]
 
@@ -108,6 +110,7 @@ _HOME = {
     "IMTLGLoss": "mtlbalance.balancers.imtl_g",
     "IMTLLLoss": "mtlbalance.balancers.imtl_l",
     "KrumLoss": "mtlbalance.balancers.krum",
+    "load_run": "mtlbalance.inference.loaded_run",
     "MGDALoss": "mtlbalance.balancers.mgda",
     "MoDoLoss": "mtlbalance.balancers.modo",
     "NashMTLLoss": "mtlbalance.balancers.nash_mtl",

@@ -91,6 +91,22 @@ class NonFiniteError(TrainingError):
     """A loss, a gradient or a weight became NaN or infinite."""
 
 
+class PredictionError(MtlBalanceError):
+    """A trained model failed on inputs of the right shape."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ExportError(MtlBalanceError):
+    """A model cannot be exported, or what was exported does not give the model's numbers."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class MissingExtraError(MtlBalanceError):
+    """Something optional is asked for whose packages are not installed; the text names the extra."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or an empty string.
 

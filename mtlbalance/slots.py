@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from torch.utils.data import Dataset
 
@@ -82,6 +84,9 @@ class MultiTaskData:
         data_source: where the numbers come from, such as ``"nasa"`` or ``"simulated"``.
         facts: anything else worth recording with the result (JSON scalars).
         notices: sentences that a user must see before and after the run.
+        read_inputs: ``read_inputs(path)`` reads a file of the domain's own form and gives it, scaled as the
+            training set was, as a set to predict on (``mtlbalance predict --input``): its samples need no
+            targets, and ``meta`` says which is which. None: only files of finished inputs can be read.
     """
 
     train: Dataset[Sample]
@@ -96,3 +101,4 @@ class MultiTaskData:
     data_source: str = ""
     facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    read_inputs: Callable[[Path], Dataset[Sample]] | None = None

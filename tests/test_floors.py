@@ -24,6 +24,7 @@ FLOORS = {
     "mtlbalance.plugins": 2,
     "mtlbalance.config": 2,
     "mtlbalance.training": 3,
+    "mtlbalance.inference": 3,
     "mtlbalance.sweeps": 3,
     "mtlbalance.reports": 3,
     "mtlbalance.testing": 3,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtlbalance import __version__
-from mtlbalance.cli import configs, plugins, reports, run, sweeps
+from mtlbalance.cli import configs, inference, plugins, reports, run, sweeps
 from mtlbalance.cli.output import (
     plain_warnings,
     report_error,
@@ -35,6 +35,8 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("validate")(configs.validate)
 app.command("report")(reports.report)
+app.command("predict")(inference.predict)
+app.command("export")(inference.export)
 app.add_typer(configs.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 sweeps.app.command("report")(reports.sweep_report)

@@ -22,7 +22,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Replace ``path``: temporary file in the same folder, fsync, rename, fsync of the folder.
+    """Replace ``path`` by ``content``.
 
     Args:
         path: the file.
@@ -32,12 +32,26 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     Raises:
         WriteError: the system refuses; ``path`` is as it was.
     """
+    with replacing(path, sync=sync) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary file's path in the same folder for the body to write; then fsync, rename, fsync of the folder.
+
+    Args:
+        path: the file that it becomes; as it was if the body raises.
+        sync: whether the folder is synced as well.
+
+    Raises:
+        WriteError: the system refuses.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with writing(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
+            yield temporary
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,7 +14,7 @@ from mtlbalance.plugins.references import build_plugin
 from mtlbalance.slots import MultiTaskData, Sample, TaskSpec
 from mtlbalance.training.batches import count_samples
 from mtlbalance.training.metrics import check_metrics
-from mtlbalance.training.samples import reading
+from mtlbalance.training.samples import SeededSamples, reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,22 @@ def named_sets(data: MultiTaskData) -> dict[str, Dataset[Sample]]:
     """Return the sets that there are: ``training``, ``validation``, ``test``."""
     sets = {"training": data.train, "validation": data.validation, "test": data.test}
     return {which: dataset for which, dataset in sets.items() if dataset is not None}
+
+
+def describe_inputs(data: MultiTaskData) -> dict[str, Any]:
+    """Return what one input is, as JSON values: with it, a run's model can be built where its data is not."""
+    watched = data.test if data.validation is None else data.validation
+    if isinstance(watched, InMemoryDataset):
+        dtype = watched.inputs.dtype
+    else:
+        [(inputs, _, _)] = SeededSamples(watched, seed=0).__getitems__([0])
+        dtype = inputs.dtype
+    return {
+        "shape": list(data.inputs.shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "description": data.inputs.description,
+        "feature_names": list(data.inputs.feature_names),
+    }
 
 
 def _check_tasks(config: RunConfig, data: MultiTaskData) -> None:

@@ -14,6 +14,7 @@ from mtlbalance.slots import MultiTaskData
 from mtlbalance.training import atomic
 from mtlbalance.training.batches import EvaluationBatches, count_samples
 from mtlbalance.training.checkpoints import Checkpoints
+from mtlbalance.training.data import describe_inputs
 from mtlbalance.training.evaluation import predict, score, weight_ema
 from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.model import parameter_counts
@@ -96,6 +97,7 @@ def write_results(
             "validation": 0 if data.validation is None else count_samples(data.validation, "validation"),
             "test": count_samples(data.test, "test"),
         },
+        "inputs": describe_inputs(data),
         "facts": dict(data.facts),
         "notices": list(data.notices),
         "precision": config.training.precision,

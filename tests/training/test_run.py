@@ -101,7 +101,9 @@ def test_with_a_validation_set_the_test_set_is_read_once(configure: Any, plugin:
     config = configure("dataset.storage=items", "training.epochs=4", "training.lr=0.3")
     outcome = run_training(config, quiet=True)
     assert plugin.reads["test"] == 30
-    assert plugin.reads["validation"] == 1 + 4 * 24  # one to see that its targets fit the tasks
+    assert (
+        plugin.reads["validation"] == 1 + 4 * 24 + 1
+    )  # one to see that its targets fit, one to record the dtype
     results = outcome.results
     assert results["metrics"]["samples"] == results["final_metrics"]["samples"] == 30
     assert results["validation_metrics"]["samples"] == 24
@@ -113,7 +115,7 @@ def test_without_one_the_test_set_is_watched(configure: Any, plugin: Any, read_c
     config = configure("dataset.storage=items", "dataset.validation=false", "training.epochs=3")
     outcome = run_training(config, quiet=True)
     rows = read_csv(outcome.run_dir / "metrics.csv")
-    assert plugin.reads["test"] == 1 + 3 * 30
+    assert plugin.reads["test"] == 1 + 3 * 30 + 1
     assert "validation_metrics" not in outcome.results
     best, last = rows[outcome.results["best_epoch"]], rows[-1]
     assert outcome.results["metrics"]["level_rmse"] == float(best["level_rmse"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mtlbalance.datasets import InMemoryDataset
 from mtlbalance.errors import DataError
@@ -16,13 +18,13 @@ from mtlbalance.slots import InputSpec, MultiTaskData
 
 from .checksums import differing_files
 from .config import STUDY_RUL_CAP, CmapssConfig, tasks_of
-from .files import Floats, SubsetData, Trajectories, read_subset
+from .files import Floats, SubsetData, Trajectories, read_subset, read_trajectories
 from .locate import find_nasa_files
 from .metrics import evaluate
 from .scaling import FEATURE_NAMES, Scaler, check_altitudes
 from .simulate import Fleet, is_simulated, simulated_folder
 from .split import split_engines
-from .windows import check_window, cut_windows, health_class, rul_of_rows
+from .windows import Windows, check_window, cut_windows, health_class, rul_of_rows
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def build(config: CmapssConfig) -> MultiTaskData:
             "test_engines": len(test.starts),
         },
         notices=(*source.notices, *_protocol_notices(config)),
+        read_inputs=partial(read_engines, scaler=scaler, config=config),
     )
 
 
@@ -145,18 +148,41 @@ def make_set(
         cap_labels: whether the RUL labels stop at the cap (health classes always look at the capped RUL).
     """
     windows = cut_windows(rows, config.window, config.pad)
-    last = windows.last_row
-    rul_cycles = rul_of_rows(rows, rul_at_end_cycles)[last]
+    rul_cycles = rul_of_rows(rows, rul_at_end_cycles)[windows.last_row]
     labels = np.minimum(rul_cycles, config.rul_cap) if cap_labels else rul_cycles
+    targets = {
+        "rul": torch.from_numpy(labels.astype(np.float32)),
+        "health": torch.from_numpy(health_class(rul_cycles, config.health_thresholds, config.rul_cap)),
+    }
+    return _scaled(rows, windows, scaler, targets)
+
+
+def read_engines(path: Path, scaler: Scaler, config: CmapssConfig) -> InMemoryDataset:
+    """Read engines whose remaining life is to be predicted: a file in the form of NASA's test files.
+
+    Args:
+        path: 26 columns without a header; units and cycles count from 1.
+        scaler: fitted on the training engines.
+        config: window and padding.
+
+    Raises:
+        DataError: the file is missing or malformed, or an engine flew where no training engine did.
+    """
+    rows = read_trajectories(path)
+    if config.scales_per_condition:
+        check_altitudes(rows)
+    return _scaled(rows, cut_windows(rows, config.window, config.pad), scaler, targets={})
+
+
+def _scaled(
+    rows: Trajectories, windows: Windows, scaler: Scaler, targets: Mapping[str, Tensor]
+) -> InMemoryDataset:
     return InMemoryDataset(
         inputs=torch.from_numpy(scaler.transform(rows)[windows.rows]),
-        targets={
-            "rul": torch.from_numpy(labels.astype(np.float32)),
-            "health": torch.from_numpy(health_class(rul_cycles, config.health_thresholds, config.rul_cap)),
-        },
+        targets=targets,
         meta={
-            "unit": torch.from_numpy(rows.unit[last]),
-            "cycle": torch.from_numpy(rows.cycle[last]),
+            "unit": torch.from_numpy(rows.unit[windows.last_row]),
+            "cycle": torch.from_numpy(rows.cycle[windows.last_row]),
             "is_last": torch.from_numpy(windows.is_last),
         },
     )
