@@ -18,7 +18,7 @@ from mtlbalance.testing.checks import Checks
 from mtlbalance.testing.expectations import expect, expect_equal, expect_error
 from mtlbalance.testing.problem import make_problem
 
-STEPS = 8
+STEPS = 6  # two measurements with a warm-up of 2 and update_every=3
 
 CHECKS: Checks[BalancerCase] = Checks()
 
