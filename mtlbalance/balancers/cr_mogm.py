@@ -80,7 +80,7 @@ class CRMOGMLoss(GramianBalancer):
         >>> balancer.get_weights()  # (0.5, 0.5), then a quarter of the way to (0.8, 0.2)
         {'a': 0.574999988079071, 'b': 0.42500001192092896}
 
-    Source: Zhou et al. 2022, Algorithm 2 (CR-MOGM).
+    Source: Zhou et al. 2022, the scheme that they call CR-MOGM, around any method on the Gramian.
     """
 
     method: ClassVar[str] = "CR-MOGM"

@@ -60,7 +60,7 @@ class GradVacLoss(GramianBalancer):
         tensor([[0.0000, 0.3000],
                 [0.3000, 0.0000]])
 
-    Source: Wang et al. 2021, Algorithm 1 and equation 3, one parameter group (all of ``shared_params``). Differences:
+    Source: Wang et al. 2021, Gradient Vaccine, with one parameter group (all of ``shared_params``). Differences:
     a target beyond ±0.999 counts as ±0.999 in the step, which the formula would make without bound; no 1e-8 in
     denominators. Other implementations move targets on conflict only, or with β = 0.5.
     """

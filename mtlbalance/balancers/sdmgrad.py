@@ -61,6 +61,7 @@ class SDMGradLoss(DoubleSamplingBalancer):
     Source: Xiao et al. 2023, Algorithm 1. As there, each inner step has a pair of its own and no momentum; the authors'
     code, LibMTL and torchjd make 20 steps with momentum 0.5 and β of 5 or 10 on one pair. They divide by the size of
     that same pair (section 6.1 of the paper), which correlates with its products; here by that of earlier ones.
+    The authors' code also keeps its three batches in one tensor, and so multiplies the last one by itself.
     """
 
     method: ClassVar[str] = "SDMGrad"

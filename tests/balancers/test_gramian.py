@@ -20,9 +20,11 @@ from mtlbalance import (
     IMTLGLoss,
     KrumLoss,
     MGDALoss,
+    MoDoLoss,
     NashMTLLoss,
     PCDLoss,
     PCGradLoss,
+    SDMGradLoss,
     UPGradLoss,
 )
 from mtlbalance.balancers.simplex import nonnegative_qp, simplex_qp
@@ -259,6 +261,28 @@ def test_identical_parallel_and_opposed_gradients(cls, factor):
         np.testing.assert_allclose(gradient, -row, rtol=1e-5)
     elif cls is not NashMTLLoss and cls is not FairGradLoss:
         np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [GradVacLoss, KrumLoss, PCDLoss, CRMOGMLoss, SDMGradLoss, MoDoLoss])
+def test_what_is_remembered_stays_finite_whatever_comes(cls):
+    """Duplicates, opposites and zeros, between 1e-12 and 1e12, and tasks that come and go."""
+    generator = np.random.default_rng(0)
+    balancer = cls(names(4))
+    for _ in range(40):
+        jacobian = random_jacobian(generator.integers(1 << 30), 4, 3, spread=12.0)
+        jacobian[1] = jacobian[0] * generator.choice([1.0, -1.0, 0.0, 1e-6])
+        theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        losses = torch.from_numpy(jacobian) @ theta
+        present = generator.permutation(4)[: generator.integers(1, 5)]
+        balancer({f"t{k}": losses[k] for k in present}, shared_params=[theta]).backward()
+        weights = balancer.get_weights()
+        assert np.isfinite(list(weights.values())).all()
+        assert theta.grad.isfinite().all()
+        assert all(weights[f"t{k}"] == 0.0 for k in range(4) if k not in present)
+        pulling = all(jacobian[k].any() for k in present)  # another has the mean weight, on top
+        if balancer.weight_sum == "1" and pulling:
+            assert sum(weights.values()) == pytest.approx(1.0, abs=1e-5)
+    assert balancer.num_nonfinite == 0
 
 
 @pytest.mark.parametrize("cls", GRAMIAN_METHODS)
