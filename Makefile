@@ -20,13 +20,14 @@ PYTEST_ARGS  ?=
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal examples/recipes benchmarks docs
+TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal examples/recipes benchmarks docs \
+          plugins/mtlbalance-ray/mtlbalance_ray plugins/mtlbalance-submitit/mtlbalance_submitit
 
-.PHONY: help run test lint bench clean
+.PHONY: help run test test-plugins lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 # The run is named after the config and every override, so that runs with other settings never share a folder.
 run: $(VENV)/.installed  ## train GABA on C-MAPSS FD002, shortened; results go to runs/
@@ -38,11 +39,15 @@ run: $(VENV)/.installed  ## train GABA on C-MAPSS FD002, shortened; results go t
 test: lint  ## lint, types and every test
 	$(TEST_ENV) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
+test-plugins: $(VENV)/.installed-dev  ## install the plugins in plugins/ (Ray among them) and run their tests for real
+	$(PYTHON) -m pip install --quiet -c constraints.txt './plugins/mtlbalance-ray[test]' './plugins/mtlbalance-submitit[test]'
+	$(TEST_ENV) $(PYTHON) -m pytest plugins $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed-dev  ## ruff and strict mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	MYPYPATH=examples/cmapss $(VENV)/bin/mypy $(TYPED)
+	MYPYPATH=examples/cmapss:plugins/mtlbalance-ray:plugins/mtlbalance-submitit $(VENV)/bin/mypy $(TYPED)
 
 bench: $(VENV)/.installed  ## what a step and an import cost, as ratios
 	$(PYTHON) benchmarks/balancer_step.py --out runs/benchmarks/balancer_step.json

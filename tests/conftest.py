@@ -1,7 +1,9 @@
 """What every test process starts from."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # Read by OpenMP when torch is imported: test processes that spin while they wait starve one another.
@@ -12,3 +14,11 @@ pytest_plugins = ["compatibility"]
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("mtlbalance", deadline=None)
 settings.load_profile("mtlbalance")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the user's cache folder alone; the tests of one process share another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

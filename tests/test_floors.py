@@ -23,6 +23,7 @@ FLOORS = {
     "mtlbalance.backbones": 1,
     "mtlbalance.plugins": 2,
     "mtlbalance.config": 2,
+    "mtlbalance.caching": 2,
     "mtlbalance.training": 3,
     "mtlbalance.inference": 3,
     "mtlbalance.sweeps": 3,

@@ -20,6 +20,9 @@ OverridesArgument = Annotated[
         show_default=False,
     ),
 ]
+RefreshOption = Annotated[
+    bool, typer.Option("--refresh-cache", help="Prepare the data again instead of using what is kept of it.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 app = typer.Typer(help="Look at configs.", no_args_is_help=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mtlbalance.cli.configs import ConfigArgument, JsonOption, OverridesArgument, load
+from mtlbalance.caching import refresh
+from mtlbalance.cli.configs import ConfigArgument, JsonOption, OverridesArgument, RefreshOption, load
 from mtlbalance.cli.output import print_json, stdout_console, stdout_for_results
 
 if TYPE_CHECKING:
@@ -27,10 +29,13 @@ def run(
         bool, typer.Option("--fresh", help="Set an existing run aside and start again.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    refresh_cache: RefreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train one run; on the folder of an earlier one, resume it or say that it is finished."""
     loaded = load(config, overrides)
+    if refresh_cache:
+        os.environ |= refresh()
     from mtlbalance.training import run_training  # torch, only now that the config is known to be good
 
     with stdout_for_results():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mtlbalance.cli.configs import JsonOption
+from mtlbalance.caching import refresh
+from mtlbalance.cli.configs import JsonOption, RefreshOption
 from mtlbalance.cli.output import print_json, print_stderr, stdout_console, stdout_for_results
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run(
         bool, typer.Option("--dry-run", help="Check everything and show the plan; start nothing.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    refresh_cache: RefreshOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Carry out a sweep: finished runs are skipped, broken ones resumed, locked ones left alone."""
@@ -80,9 +82,15 @@ def run(
         _print_plan(plan, as_json=as_json)
         return 0
     prepare(plan)
-    outcome = supervise(
-        plan, chosen, make_display(quiet=quiet), retries=retries, timeout_seconds=timeout or None
-    )
+    with stdout_for_results():  # engines may print what they like
+        outcome = supervise(
+            plan,
+            chosen,
+            make_display(quiet=quiet),
+            retries=retries,
+            timeout_seconds=timeout or None,
+            environment=refresh() if refresh_cache else {},
+        )
     if not as_json:
         _print_outcome(plan, outcome)
     elif not outcome.stopped:  # else the document says that it was stopped

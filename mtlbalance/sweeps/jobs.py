@@ -43,10 +43,9 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def command(self) -> list[str]:
-        """The command line of the attempt: it can be run again by hand."""
-        arguments = ["run", str(self.config_path), "--out", str(self.folder)]
-        return [sys.executable, "-m", "mtlbalance", *arguments]
+    def arguments(self) -> list[str]:
+        """The arguments of ``mtlbalance`` with which the run can be started by hand, too."""
+        return ["run", str(self.config_path), "--out", str(self.folder)]
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,14 @@ class Attempt:
     """A job's process. Make one to start it, then ``poll`` until it gives the end.
 
     The process is the head of a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which
-    then stops its runs in order; and a sweep that is killed leaves its runs alone, to go on to their end.
+    then stops its runs in order.
+
+    Args:
+        job: what to run.
+        leashed: whether the run stops, in order, when this process is gone; else it goes on to its end.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, leashed: bool = False) -> None:
         self.job = job
         self._started = time.monotonic()
         self._timed_out = False
@@ -96,9 +99,9 @@ class Attempt:
         self._log.flush()
         self._tail_from = self._log.tell()
         self._process = subprocess.Popen(
-            job.command,
+            [sys.executable, "-m", "mtlbalance.cli.leash" if leashed else "mtlbalance", *job.arguments],
             env={**os.environ, **job.environment},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if leashed else subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -122,6 +125,8 @@ class Attempt:
                 self.kill()
             return None
         self._log.close()
+        if self._process.stdin:
+            self._process.stdin.close()
         how: HowItEnded = "timeout" if self._timed_out and code != 0 else "exit"
         return JobEnd(self.job.run_id, code, how, self._tail(), now - self._started)
 
@@ -154,14 +159,19 @@ class Attempt:
 
 
 def run_job(job: Job) -> JobEnd:
-    """Run a job to its end; for engines whose workers have nothing else to do."""
-    attempt = Attempt(job)
+    """Run a job to its end; for engines whose workers have nothing else to do.
+
+    A worker that is interrupted stops its run in order first; one that is killed lets go of its leash.
+    """
+    attempt = Attempt(job, leashed=True)
     try:
         while (end := attempt.poll()) is None:
             time.sleep(0.1)
         return end
     except BaseException:
-        attempt.kill()
+        attempt.stop()
+        while attempt.poll() is None:
+            time.sleep(0.1)
         raise
 
 

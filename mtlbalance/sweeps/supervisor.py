@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -108,7 +108,13 @@ def changed_runs(plan: Plan) -> dict[str, list[str]]:
 
 
 def supervise(
-    plan: Plan, engine: Engine, display: Display, *, retries: int = 2, timeout_seconds: float | None = None
+    plan: Plan,
+    engine: Engine,
+    display: Display,
+    *,
+    retries: int = 2,
+    timeout_seconds: float | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> SweepOutcome:
     """Carry out what is left of a plan. Nothing is remembered but in the runs' folders.
 
@@ -118,9 +124,13 @@ def supervise(
         display: what a person sees.
         retries: how often a run that was lost or killed is tried again.
         timeout_seconds: after which an attempt is stopped, or None.
+        environment: what every run's environment has besides.
     """
     with _signals_noted() as received:
-        return _Supervisor(plan, engine, display, Retries(retries), timeout_seconds, received).run()
+        supervisor = _Supervisor(plan, engine, display, Retries(retries), received)
+        supervisor.timeout_seconds = timeout_seconds
+        supervisor.environment = environment or {}
+        return supervisor.run()
 
 
 class _Supervisor:
@@ -130,14 +140,14 @@ class _Supervisor:
         engine: Engine,
         display: Display,
         retries: Retries,
-        timeout_seconds: float | None,
         received: list[int],
     ) -> None:
         self.plan = plan
         self.engine = engine
         self.display = display
         self.retries = retries
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds: float | None = None
+        self.environment: Mapping[str, str] = {}
         self.received = received
         self.outcome = SweepOutcome()
         self.runs = {run.id: run for run in plan.runs}
@@ -190,10 +200,13 @@ class _Supervisor:
                 continue
             self.locked.discard(run_id)
             if state is FolderState.FINISHED:
-                self.outcome.finished.append(run_id)
-                self.display.ended(run_id, "finished", "by another process", 0.0)
+                self.finished_elsewhere(run_id)
             else:
                 self.waiting.append(self.runs[run_id])
+
+    def finished_elsewhere(self, run_id: str) -> None:
+        self.outcome.finished.append(run_id)
+        self.display.ended(run_id, "finished", "by another process", 0.0)
 
     def start_some(self) -> None:
         while self.waiting and self.engine.room() > 0 and not self.received:
@@ -202,8 +215,8 @@ class _Supervisor:
             if state is FolderState.LOCKED:
                 self.leave(run)
                 continue
-            if state is FolderState.FINISHED:  # by another sweep, meanwhile
-                self.outcome.skipped.append(run.id)
+            if state is FolderState.FINISHED:  # by another sweep, or by a run whose worker was lost
+                self.finished_elsewhere(run.id)
                 continue
             attempt = self.attempts[run.id] = self.attempts.get(run.id, 0) + 1
             where = self.engine.start(self.job(run, attempt))
@@ -221,6 +234,7 @@ class _Supervisor:
             log=self.plan.log_of(run.id),
             attempt=attempt,
             timeout_seconds=self.timeout_seconds,
+            environment=self.environment,
         )
 
     def take(self, end: JobEnd) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,3 +166,42 @@ def test_nasa_files(nasa_folder: Path, subset: str, rows: tuple[int, int], engin
     assert (len(data.train), len(data.test)) == rows
     assert (len(data.train.starts), len(data.test.starts)) == engines
     assert differing_files(nasa_folder, subset) == []  # type: ignore[arg-type]
+
+
+def test_text_is_parsed_once_for_the_same_content(
+    write_subset: Callable[..., Path], no_files: Path, tmp_path: Path
+) -> None:
+    folder = write_subset()
+    first = read_subset(folder, "FD001")
+    kept = no_files.parent / "prepared"
+    assert len(list(kept.glob("cmapss-FD001-*.npz"))) == 1
+    copy = tmp_path / "copy"
+    folder.rename(copy)
+    again = read_subset(copy, "FD001")  # elsewhere, and with the same content
+    assert again.train.path == copy / "train_FD001.txt"
+    for part in ("train", "test"):
+        for name in ("unit", "cycle", "settings", "sensors"):
+            before, now = (getattr(getattr(data, part), name) for data in (first, again))
+            assert before.dtype == now.dtype
+            np.testing.assert_array_equal(before, now)
+    np.testing.assert_array_equal(first.test_rul_cycles, again.test_rul_cycles)
+    assert len(list(kept.glob("*.npz"))) == 1
+    path = copy / "RUL_FD001.txt"
+    path.write_text(path.read_text().replace("200", "199"))
+    assert read_subset(copy, "FD001").test_rul_cycles.max() == 199
+    assert len(list(kept.glob("*.npz"))) == 2
+
+
+def test_kept_numbers_need_no_pandas(write_subset: Callable[..., Path], no_files: Path) -> None:
+    folder = write_subset()
+    program = (
+        "import sys; from pathlib import Path; from mtlbalance_cmapss.files import read_subset;"
+        "read_subset(Path(sys.argv[1]), 'FD001'); print('pandas' in sys.modules)"
+    )
+    for expected in ("True", "False"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder)],
+            cwd=Path(__file__).parents[2] / "examples" / "cmapss",
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        assert done.stdout.strip() == expected

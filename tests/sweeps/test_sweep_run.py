@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,3 +166,25 @@ def test_status_tells_the_states_apart(write: Write, capfd: Any) -> None:
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [["1", "finished"], ["2", "locked"], ["3", "broken"]]
     assert lines[-1] == "3 runs: 1 finished, 1 locked, 1 broken; in runs/sweep"
+
+
+LEASHED = """\
+import sys
+from pathlib import Path
+from mtlbalance.sweeps import Job, run_job
+
+run_job(Job("seed_2", Path("study.toml").read_text(), Path("config.toml"), Path("seed_2"), Path("log")))
+"""
+
+
+def test_a_run_stops_in_order_when_its_worker_is_killed(write: Write) -> None:
+    write("")
+    Path("study.toml").write_text(Path("study.toml").read_text().replace("epochs = 2", "epochs = 100000"))
+    worker = subprocess.Popen([sys.executable, "-c", LEASHED])
+    run = Path("seed_2")
+    wait_for((run / "metrics.csv").exists)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait(timeout=60)
+    wait_for(lambda: events(run)[-1] == "interrupted")
+    wait_for(lambda: "pre-empted; the run goes on when it is started again" in Path("log").read_text())
+    assert list((run / "checkpoints").glob("epoch_*.json"))

@@ -1,4 +1,4 @@
-"""``mtlbalance-cmapss``: check data files, write a simulated fleet, compare a run with published figures."""
+"""``mtlbalance-cmapss``: fetch and check data files, write a simulated fleet, compare a run with published figures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,34 @@ from .config import SUBSETS, CmapssConfig, Subset
 app = typer.Typer(
     help="The C-MAPSS example of mtlbalance.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+
+@app.command("fetch")
+def fetch_files(
+    source: Annotated[str, typer.Option("--from", help="NASA's archive: a ZIP file, or its address")],
+    to: Annotated[
+        Path | None, typer.Option(help="a new folder", show_default="CMAPSSData in the cache folder")
+    ] = None,
+) -> None:
+    """Unpack NASA's archive where runs find it, once every file has the right checksum."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .fetch import fetch
+    from .locate import cache_folder
+
+    target = cache_folder() / "CMAPSSData" if to is None else to.expanduser()
+    columns = (TextColumn("download"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("download", total=None, visible=False)
+        fetch(
+            source,
+            target,
+            advance=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+        )
+    typer.echo(f"{target}: all files are there and are NASA's own")
+    if to is not None:
+        typer.echo(f"runs find them with MTLBALANCE_CMAPSS_DIR={target}, or dataset.data_dir")
 
 
 @app.command()

@@ -5,16 +5,17 @@ Unit, cycle, three operational settings, 21 sensors. A fault names the file and 
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
+from mtlbalance.caching import cached_arrays
 from mtlbalance.errors import DataError
 
 from .config import Subset
@@ -25,6 +26,10 @@ Ints = npt.NDArray[np.int64]
 NUM_SETTINGS = 3
 NUM_SENSORS = 21
 NUM_COLUMNS = 2 + NUM_SETTINGS + NUM_SENSORS
+
+# Part of the key of what is kept: raise it with any change to the numbers read.
+READER_VERSION = 1
+_COLUMNS = ("unit", "cycle", "settings", "sensors")
 
 
 @dataclass(frozen=True)
@@ -84,18 +89,45 @@ def file_names(subset: Subset) -> tuple[str, str, str]:
 
 
 def read_subset(folder: Path, subset: Subset) -> SubsetData:
-    """Read the three files of a subset.
+    """Read the three files of a subset; the numbers in files of the same content are read once and kept.
 
     Raises:
         DataError: a file is missing or malformed.
     """
-    train_path, test_path, rul_path = (folder / name for name in file_names(subset))
+    paths = [folder / name for name in file_names(subset)]
+    try:
+        contents = [path.read_bytes() for path in paths]
+    except OSError:
+        return _parse_subset(*paths)  # which says what is wrong
+    key = {
+        "reader": READER_VERSION,
+        "sha256": [hashlib.sha256(content).hexdigest() for content in contents],
+    }
+    kept = cached_arrays(f"cmapss-{subset}", key, lambda: _to_arrays(_parse_subset(*paths)))
+    return _from_arrays(kept, *paths[:2])
+
+
+def _parse_subset(train_path: Path, test_path: Path, rul_path: Path) -> SubsetData:
     test = read_trajectories(test_path)
     return SubsetData(
         train=read_trajectories(train_path),
         test=test,
         test_rul_cycles=read_rul(rul_path, num_engines=len(test.starts), test_path=test_path),
     )
+
+
+def _to_arrays(data: SubsetData) -> dict[str, npt.NDArray[Any]]:
+    parts = {"train": data.train, "test": data.test}
+    arrays = {f"{part}_{name}": getattr(rows, name) for part, rows in parts.items() for name in _COLUMNS}
+    return arrays | {"test_rul_cycles": data.test_rul_cycles}
+
+
+def _from_arrays(arrays: Mapping[str, npt.NDArray[Any]], train_path: Path, test_path: Path) -> SubsetData:
+    train, test = (
+        Trajectories(path, *(arrays[f"{part}_{name}"] for name in _COLUMNS))
+        for part, path in (("train", train_path), ("test", test_path))
+    )
+    return SubsetData(train, test, arrays["test_rul_cycles"])
 
 
 def read_trajectories(path: Path) -> Trajectories:
@@ -144,6 +176,8 @@ def line_of_row(path: Path, row: int) -> int:
 
 
 def _read_numbers(path: Path, num_columns: int) -> Floats:
+    import pandas as pd  # half a second that a run on kept numbers does not spend
+
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
+from mtlbalance.caching import cache_root
 from mtlbalance.errors import DataError
 
 from .config import CmapssConfig, Subset
@@ -17,18 +17,14 @@ REPOSITORY_URL = (
     "pcoe-data-set-repository/"
 )
 HOW_TO_GET = (
-    f"download 'Turbofan Engine Degradation Simulation' from {REPOSITORY_URL}, unpack it, and name the "
-    f"folder with dataset.data_dir or {DATA_DIR_VARIABLE}"
+    f"download 'Turbofan Engine Degradation Simulation' from {REPOSITORY_URL} and run 'mtlbalance-cmapss fetch "
+    f"--from ARCHIVE.zip', or unpack it and name the folder with dataset.data_dir or {DATA_DIR_VARIABLE}"
 )
 
 
 def cache_folder() -> Path:
     """Return this user's cache folder for C-MAPSS; it need not exist."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "mtlbalance" / "cmapss"
-    if sys.platform == "win32" and (base := os.environ.get("LOCALAPPDATA")):
-        return Path(base) / "mtlbalance" / "cmapss"
-    return Path.home() / ".cache" / "mtlbalance" / "cmapss"
+    return cache_root() / "cmapss"
 
 
 def find_nasa_files(config: CmapssConfig) -> Path | None:
@@ -46,7 +42,8 @@ def find_nasa_files(config: CmapssConfig) -> Path | None:
     if named := os.environ.get(DATA_DIR_VARIABLE):
         return _folder_with(Path(named).expanduser(), config.subset, f"{DATA_DIR_VARIABLE} = {named}")
     folder = cache_folder()
-    anything = any((folder / name).exists() for name in file_names(config.subset))
+    folders = (folder, folder / "CMAPSSData")
+    anything = any((place / name).exists() for place in folders for name in file_names(config.subset))
     if config.source == "nasa" or anything:
         return _folder_with(folder, config.subset, f"the cache folder {folder}")
     return None
