@@ -56,8 +56,8 @@ class Model(nn.Module):
 
 
 def make_loader(epoch: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Return an epoch of 60 fresh batches; squared, one target is a hundred times the other."""
-    inputs = torch.randn(60 * 64, 8, generator=torch.Generator().manual_seed(epoch))
+    """Return an epoch of 40 fresh batches; squared, one target is a hundred times the other."""
+    inputs = torch.randn(40 * 64, 8, generator=torch.Generator().manual_seed(epoch))
     targets = torch.stack([inputs[:, 0] * inputs[:, 1], 0.1 * torch.sin(2 * inputs[:, 2])], dim=1)
     return DataLoader(TensorDataset(inputs, targets), batch_size=64)
 

@@ -34,7 +34,7 @@ GRADIENT_METHODS: dict[str, Callable[..., Balancer]] = {
 }
 SCALES = {f"sensor_{k}": 10.0 ** (-k / 4) for k in range(8)}  # of the targets; losses span 10^3.5
 TASKS = tuple(SCALES)
-STEPS, BATCH_SIZE = 400, 64
+STEPS, BATCH_SIZE = 250, 64
 
 
 class Model(nn.Module):
@@ -67,7 +67,7 @@ def make_balancer(method: str, update_every: int) -> Balancer:
 
 
 def train(model: Model, balancer: Balancer, data: tuple[Tensor, Tensor], features_only: bool) -> None:
-    """Train for some hundred steps."""
+    """Train for a few hundred steps."""
     groups: list[dict[str, Any]] = [{"params": model.parameters()}]
     groups += [{"params": balancer.parameters(), "weight_decay": 0.0}]  # none for most methods
     optimizer = torch.optim.AdamW(groups, lr=5e-3)

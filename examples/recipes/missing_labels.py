@@ -32,7 +32,7 @@ from mtlbalance import Balancer, GABALoss, PCGradLoss, UncertaintyLoss
 
 METHODS: dict[str, type[Balancer]] = {"gaba": GABALoss, "uncertainty": UncertaintyLoss, "pcgrad": PCGradLoss}
 TASKS = ("distance", "angle")
-STEPS, BATCH_SIZE = 300, 32
+STEPS, BATCH_SIZE = 200, 32
 Batch = tuple[
     Tensor, dict[str, Tensor]
 ]  # inputs (B, 8), and targets (B,) by task, NaN where there is no label
