@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.amnl import AMNLLoss
     from mtlbalance.balancers.base import Balancer
     from mtlbalance.balancers.cagrad import CAGradLoss
+    from mtlbalance.balancers.conflict_free import ConFIGLoss
     from mtlbalance.balancers.cosmos import COSMOSLoss
     from mtlbalance.balancers.cr_mogm import CRMOGMLoss
+    from mtlbalance.balancers.db_mtl import DBMTLLoss
     from mtlbalance.balancers.dualproj import DualProjLoss
     from mtlbalance.balancers.dwa import DWALoss
     from mtlbalance.balancers.excess_mtl import ExcessMTLLoss
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.gaba import GABALoss
     from mtlbalance.balancers.gls import GLSLoss
     from mtlbalance.balancers.grace import GRACELoss
+    from mtlbalance.balancers.grad_drop import GradDropLoss
     from mtlbalance.balancers.gradnorm import GradNormLoss
     from mtlbalance.balancers.gradvac import GradVacLoss
     from mtlbalance.balancers.imtl_g import IMTLGLoss
     from mtlbalance.balancers.imtl_l import IMTLLLoss
     from mtlbalance.balancers.krum import KrumLoss
     from mtlbalance.balancers.mgda import MGDALoss
+    from mtlbalance.balancers.moco import MoCoLoss
     from mtlbalance.balancers.modo import MoDoLoss
     from mtlbalance.balancers.nash_mtl import NashMTLLoss
     from mtlbalance.balancers.pbi import PBILoss
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.sdmgrad import SDMGradLoss
     from mtlbalance.balancers.signals import task_gradient_norms
     from mtlbalance.balancers.stch import STCHLoss
+    from mtlbalance.balancers.trimmed_mean import TrimmedMeanLoss
     from mtlbalance.balancers.uncertainty import UncertaintyLoss
     from mtlbalance.balancers.upgrad import UPGradLoss
     from mtlbalance.inference.loaded_run import load_run
@@ -55,6 +60,8 @@ __all__ = [
     "CAGradLoss",
     "COSMOSLoss",
     "CRMOGMLoss",
+    "ConFIGLoss",
+    "DBMTLLoss",
     "DWALoss",
     "DualProjLoss",
     "ExcessMTLLoss",
@@ -64,12 +71,14 @@ __all__ = [
     "GABALoss",
     "GLSLoss",
     "GRACELoss",
+    "GradDropLoss",
     "GradNormLoss",
     "GradVacLoss",
     "IMTLGLoss",
     "IMTLLLoss",
     "KrumLoss",
     "MGDALoss",
+    "MoCoLoss",
     "MoDoLoss",
     "MtlBalanceError",
     "NashMTLLoss",
@@ -80,6 +89,7 @@ __all__ = [
     "RLWLoss",
     "SDMGradLoss",
     "STCHLoss",
+    "TrimmedMeanLoss",
     "UPGradLoss",
     "UncertaintyLoss",
     "__version__",
@@ -93,8 +103,10 @@ _HOME = {
     "AMNLLoss": "mtlbalance.balancers.amnl",
     "Balancer": "mtlbalance.balancers.base",
     "CAGradLoss": "mtlbalance.balancers.cagrad",
+    "ConFIGLoss": "mtlbalance.balancers.conflict_free",
     "COSMOSLoss": "mtlbalance.balancers.cosmos",
     "CRMOGMLoss": "mtlbalance.balancers.cr_mogm",
+    "DBMTLLoss": "mtlbalance.balancers.db_mtl",
     "DualProjLoss": "mtlbalance.balancers.dualproj",
     "DWALoss": "mtlbalance.balancers.dwa",
     "ExcessMTLLoss": "mtlbalance.balancers.excess_mtl",
@@ -105,6 +117,7 @@ _HOME = {
     "GABALoss": "mtlbalance.balancers.gaba",
     "GLSLoss": "mtlbalance.balancers.gls",
     "GRACELoss": "mtlbalance.balancers.grace",
+    "GradDropLoss": "mtlbalance.balancers.grad_drop",
     "GradNormLoss": "mtlbalance.balancers.gradnorm",
     "GradVacLoss": "mtlbalance.balancers.gradvac",
     "IMTLGLoss": "mtlbalance.balancers.imtl_g",
@@ -113,6 +126,7 @@ _HOME = {
     "load_run": "mtlbalance.inference.loaded_run",
     "MGDALoss": "mtlbalance.balancers.mgda",
     "MoDoLoss": "mtlbalance.balancers.modo",
+    "MoCoLoss": "mtlbalance.balancers.moco",
     "NashMTLLoss": "mtlbalance.balancers.nash_mtl",
     "PBILoss": "mtlbalance.balancers.pbi",
     "PCDLoss": "mtlbalance.balancers.pcd",
@@ -122,6 +136,7 @@ _HOME = {
     "SDMGradLoss": "mtlbalance.balancers.sdmgrad",
     "STCHLoss": "mtlbalance.balancers.stch",
     "task_gradient_norms": "mtlbalance.balancers.signals",
+    "TrimmedMeanLoss": "mtlbalance.balancers.trimmed_mean",
     "UncertaintyLoss": "mtlbalance.balancers.uncertainty",
     "UPGradLoss": "mtlbalance.balancers.upgrad",
 }

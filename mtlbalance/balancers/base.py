@@ -20,9 +20,10 @@ from mtlbalance.balancers.state import TaskState
 from mtlbalance.errors import NonFiniteWarning
 
 Sync = Literal["gradients", "norms", "none"]
-WeightSum = Literal["1", "K", "given", "free"]
+WeightSum = Literal["1", "K", "given", "free", "none"]
 Reads = Literal["nothing", "losses", "gradient norms", "gramian", "jacobian"]
 Shows = Literal["weighted sum", "objective"]
+Delivers = Literal["weighted sum", "combination"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,12 @@ class Balancer(TaskState, ABC):
 
     method: ClassVar[str] = "Balancer"
     reads: ClassVar[Reads] = "losses"
-    weight_sum: ClassVar[WeightSum] = "1"  # the sum of the weights of the present tasks
+    # The sum of the weights of the present tasks. "none": the method has no task weights. It then reports NaN for
+    # every task, and the value that it returns, in eval() too, is the plain sum of the losses.
+    weight_sum: ClassVar[WeightSum] = "1"
+    passes: ClassVar[str] = "1"  # backward passes through the trunk in a step that measures
+    extra_memory: ClassVar[str] = "0"  # copies of the trunk's gradients that it holds beyond the plain sum's
+    heads_get: ClassVar[str | None] = None  # for the table of methods, where scale_heads does not tell
     copies_to_host: ClassVar[bool] = False  # whether a training call waits for the device
     unusable: ClassVar[str] = "a loss or a task gradient was NaN or infinite"  # what keeps the state as it is
     scale_heads: bool = True  # whether the parameters of one task alone get w_k·∂L_k, or ∂L_k
@@ -99,6 +105,7 @@ class Balancer(TaskState, ABC):
     shows: ClassVar[Shows] = (
         "weighted sum"  # what a call returns; the slopes of an "objective" are the weights
     )
+    delivers: ClassVar[Delivers] = "weighted sum"  # what ``.grad`` holds; a "combination" is no Σ applied·∂L
     free_alone: ClassVar[bool] = False  # a single present task has a scale of its own, not the whole budget
     signed_weights: ClassVar[bool] = False  # a weight may be negative
     draws_weights: ClassVar[bool] = False  # weights are drawn in every call, whatever the losses
@@ -117,8 +124,14 @@ class Balancer(TaskState, ABC):
         self.calls = 0
         self._warned_nonfinite = False
         self._nonfinite_when_loaded = 0
-        self.register_buffer("applied_weights", torch.full((len(self.tasks),), 1.0 / len(self.tasks)))
+        first = 1.0 / len(self.tasks) if self.has_task_weights else torch.nan
+        self.register_buffer("applied_weights", torch.full((len(self.tasks),), first))
         self.register_buffer("nonfinite_calls", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def has_task_weights(self) -> bool:
+        """Whether the method weighs tasks; one that combines their gradients otherwise has no weights to report."""
+        return self.weight_sum != "none"
 
     # ------------------------------------------------------------------ what a method says
     def weigh(self, signals: Signals) -> Tensor:
@@ -171,8 +184,9 @@ class Balancer(TaskState, ABC):
             context: anything else; ignored unless the method knows it (``targets=`` for AMNL and GRACE).
 
         Returns:
-            A 0-d tensor of value Σ applied·loss on this rank, for ``backward()`` and for logging. In
-            ``eval()`` or without gradients: the same with the current weights, and no state change.
+            A 0-d tensor of value Σ applied·loss on this rank, for ``backward()`` and for logging; the plain sum of
+            the losses for a method without task weights. In ``eval()`` or without gradients: the same with the
+            current weights, and no state change.
         """
         reduced, zeros = self._reduce(losses, sample_weights, context)
         losses_K, present_K = self._stack(reduced, zeros)
@@ -185,14 +199,22 @@ class Balancer(TaskState, ABC):
 
     def _train_call(self, call: Call) -> Tensor:
         """Weigh without gradients and deliver by weighted sum."""
-        weights_K = self._apply_weights(call.signals)
+        return self._weighted_sum(call, self._apply_weights(call.signals))
+
+    def _weighted_sum(self, call: Call, weights_K: Tensor) -> Tensor:
         total = call.weighted_sum(weights_K)
-        if call.ranks is None:
+        if call.ranks is None and self.has_task_weights:
             return total
-        return total + (call.value(weights_K) - total.detach())  # the value without N/n, the gradient with it
+        return total + (self._value(call, weights_K) - total.detach())  # its gradient has N/n, its value not
+
+    def _value(self, call: Call, weights_K: Tensor) -> Tensor:
+        """Return what the balanced loss shows: Σ w_k·L_k, or the plain sum of a method without task weights."""
+        return call.value(weights_K if self.has_task_weights else torch.ones_like(weights_K))
 
     def _eval_call(self, losses: dict[int, Tensor], present_K: Tensor) -> Tensor:
         """Return the value with the current weights; no state change."""
+        if not self.has_task_weights:
+            return weighted_sum(losses, torch.ones_like(self.applied_weights))
         return weighted_sum(losses, self.current_weights(present_K))
 
     def _apply_weights(self, signals: Signals) -> Tensor:
@@ -201,7 +223,8 @@ class Balancer(TaskState, ABC):
 
     def _note(self, weights_K: Tensor, finite: Tensor) -> Tensor:
         weights_K = weights_K.detach().to(self.applied_weights.dtype)
-        self.applied_weights.copy_(weights_K)
+        if self.has_task_weights:
+            self.applied_weights.copy_(weights_K)
         self.nonfinite_calls += (~finite).to(torch.int64)
         self.calls += 1
         if finite.device.type == "cpu":
@@ -277,7 +300,10 @@ class Balancer(TaskState, ABC):
         return {"applied": self.applied_weights}
 
     def get_weights(self) -> dict[str, float]:
-        """Return the weights applied last, by task; before the first call, those it would start with."""
+        """Return the weights applied last, by task; before the first call, those it would start with.
+
+        NaN for every task of a method without task weights.
+        """
         return self.report()["applied"]
 
     @property
@@ -291,9 +317,14 @@ class Balancer(TaskState, ABC):
             return
         self._warned_nonfinite = int(self.nonfinite_calls) > self._nonfinite_when_loaded
         if self._warned_nonfinite:
+            done = (
+                "the last good weights were applied"
+                if self.has_task_weights
+                else "what was computed was delivered"
+            )
             warnings.warn(
-                f"{self.get_name()}: {self.unusable}; the last good weights were applied "
-                "and the state was kept (further cases are counted in num_nonfinite, without a warning)",
+                f"{self.get_name()}: {self.unusable}; {done} and the state was kept "
+                "(further cases are counted in num_nonfinite, without a warning)",
                 NonFiniteWarning,
                 stacklevel=3,
             )

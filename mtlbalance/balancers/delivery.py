@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mtlbalance.balancers.signals import Gradients
 from mtlbalance.errors import GraphConsumedError
 
 
@@ -32,7 +31,7 @@ class GradientSum:
     def __init__(self) -> None:
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, tensors: Sequence[Tensor], gradients: Gradients, weight: Tensor) -> None:
+    def add(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: Tensor) -> None:
         """Add ``weight`` (0-d) times one task's gradients of ``tensors``; None counts as zero."""
         new_tensors: list[Tensor] = []
         new_gradients: list[Tensor] = []

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Call, Reads, Sync, share_budget
 from mtlbalance.balancers.checks import real
-from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.gradient_balancer import Delivery
+from mtlbalance.balancers.layout import Layout
+from mtlbalance.balancers.per_parameter import PerParameter
 from mtlbalance.balancers.probe import Probe
 from mtlbalance.balancers.signals import Gradients, Signals
-from mtlbalance.errors import SharedParametersError
 
 
-class ExcessMTLLoss(GradientBalancer):
+class ExcessMTLLoss(PerParameter):
     """Give more weight to tasks that are farther from the best they could reach.
 
     Use it when some tasks have noisy labels: a loss that is high and stays high for noise has a small excess risk,
@@ -67,7 +68,8 @@ class ExcessMTLLoss(GradientBalancer):
 
     method: ClassVar[str] = "ExcessMTL"
     reads: ClassVar[Reads] = "jacobian"
-    needs_parameters: ClassVar[bool] = True
+    extra_memory: ClassVar[str] = "2·K + 2, K of them kept"
+    per_parameter: ClassVar[str] = "squared_sums"
 
     squared_sums: Tensor
     excess_risks: Tensor
@@ -109,61 +111,36 @@ class ExcessMTLLoss(GradientBalancer):
         """Return the weights of the present tasks, which share 1."""
         return share_budget(self.task_weights, present_K)
 
-    def _shared(self, call: Call) -> list[Tensor]:
-        shared = super()._shared(call)
-        if not all(tensor.is_leaf for tensor in shared):
-            raise SharedParametersError(
-                f"{self.get_name()} keeps a sum for every shared parameter, so shared_params must hold parameters, "
-                "not representations"
-            )
-        size = sum(tensor.numel() for tensor in shared)
-        if self.squared_sums.shape[1] == 0:
-            self.squared_sums = self.squared_sums.new_zeros(len(self.tasks), size)
-        elif self.squared_sums.shape[1] != size:
-            raise SharedParametersError(
-                f"{self.get_name()} has sums for {self.squared_sums.shape[1]} shared numbers, but shared_params holds "
-                f"{size}; pass the same parameters in every call"
-            )
-        return shared
-
     def _read(self, call: Call, probe: Probe) -> Signals:
         """Move the sums and the excess risks; the signal itself is that there is something new."""
         signals = call.signals
-        squares_KP = torch.stack(
-            [self._squares(row, probe.plan.shared) for row in probe.read(len(self.tasks))]
-        )
-        if probe.scales_K is not None:
-            squares_KP = squares_KP / probe.scales_K.to(squares_KP).square()[:, None]
-        sums_KP = self.squared_sums + squares_KP
-        risks_K = torch.where(sums_KP == 0, 0.0, squares_KP / sums_KP.sqrt()).sum(dim=1)  # NaN stays NaN
+        layout = Layout(probe.plan.shared, call.losses_K.device)
+        self.size_state(layout)
+        rows = {task: row for task, row in enumerate(probe.read(len(self.tasks))) if row}
+        risks_K = torch.zeros(len(self.tasks), dtype=layout.dtype, device=layout.device)
+        # One at a time, and again below: squares of all would be K more copies.
+        for task, row in rows.items():
+            squares_P = self._squares(layout, row, probe, task)
+            sums_P = self.squared_sums[task] + squares_P
+            risks_K[task] = torch.where(
+                sums_P == 0, 0.0, squares_P.div_(sums_P.sqrt())
+            ).sum()  # NaN stays NaN
         if call.ranks is not None and call.counts_K is not None and self.sync == "norms":
             risks_K = call.ranks.mean_norms(risks_K, call.counts_K)
         finite = self._finite(call, probe, risks_K)
         moves_K = signals.present_K & finite
-        self.squared_sums.copy_(torch.where(moves_K[:, None], sums_KP, self.squared_sums))
+        for task, row in rows.items():
+            squares_P = self._squares(layout, row, probe, task)
+            self.squared_sums[task] += torch.where(moves_K[task], squares_P, 0.0)
+        risks_K = risks_K.to(self.excess_risks)
         self.excess_risks.copy_(torch.where(moves_K, risks_K, self.excess_risks))
         first_K = moves_K & self.first_risks.isnan()
         self.first_risks.copy_(torch.where(first_K, risks_K, self.first_risks))
         return replace(signals, grad_norms_K=risks_K, finite=finite)
 
-    def _squares(self, row: Gradients, shared: Sequence[Tensor]) -> Tensor:
-        """Return the squared gradient of one task over all shared numbers; zeros where it has none."""
-        device = self.squared_sums.device
-        if not row:
-            return torch.zeros(self.squared_sums.shape[1], device=device)
-        parts = [
-            torch.zeros(tensor.numel(), device=device)
-            if gradient is None
-            else gradient.to_dense().reshape(-1).to(device, torch.float32)
-            for tensor, gradient in zip(shared, row, strict=True)
-        ]
-        return torch.cat(parts).square()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "squared_sums")
-        if saved is not None and saved.dim() == 2 and len(saved) == len(self.tasks):
-            self.squared_sums = self.squared_sums.new_zeros(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _squares(self, layout: Layout, row: Gradients, probe: Probe, task: int) -> Tensor:
+        gradient_P = layout.flatten(row)
+        return (gradient_P if probe.scales_K is None else gradient_P.div_(probe.scales_K[task])).square_()
 
     def _report(self) -> dict[str, Tensor]:
         return {**super()._report(), "raw": self.excess_risks}

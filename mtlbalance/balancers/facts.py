@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mtlbalance.balancers.base import Balancer
-from mtlbalance.balancers.gradient_balancer import GradientBalancer
 
 _OF_EVERY_BALANCER = {"applied_weights", "nonfinite_calls", "solved_present"}
+_SUMS = {"free": "not fixed", "given": "as given", "none": "no weights"}
 
 
 FACT_HEADINGS = {
@@ -27,18 +27,17 @@ def method_facts(balancer: Balancer) -> dict[str, str]:
     step holds beyond the plain sum's, in copies of the trunk's gradients; ``sum`` is what the applied weights
     sum to.
     """
-    probes = isinstance(balancer, GradientBalancer)
     state = [name for name, _ in balancer.named_buffers(recurse=False) if name not in _OF_EVERY_BALANCER]
     if balancer.generator is not None:
         state.append("generator")
     learned = [name for name, _ in balancer.named_parameters(recurse=False)]
     return {
         "reads": balancer.reads,
-        "passes": "K" if probes else "1",
-        "memory": "K" if probes else "0",
+        "passes": balancer.passes,
+        "memory": balancer.extra_memory,
         "state": ", ".join(state) or "none",
         "learned": ", ".join(learned) or "none",
-        "heads": "weighted" if balancer.scale_heads else "own gradient",
-        "sum": {"free": "not fixed", "given": "as given"}.get(balancer.weight_sum, balancer.weight_sum),
+        "heads": balancer.heads_get or ("weighted" if balancer.scale_heads else "own gradient"),
+        "sum": _SUMS.get(balancer.weight_sum, balancer.weight_sum),
         "host": "K×K numbers a measured step" if balancer.copies_to_host else "nothing",
     }

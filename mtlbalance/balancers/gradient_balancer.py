@@ -73,6 +73,8 @@ class GradientBalancer(Balancer):
 
     reads: ClassVar[Reads] = "gradient norms"
     weighted_heads: ClassVar[str] = "pass scale_heads=True"  # how to have heads weighted, if they are not
+    passes: ClassVar[str] = "K"
+    extra_memory: ClassVar[str] = "K"
     warmup_steps: int = 0
 
     def __init__(
@@ -114,6 +116,10 @@ class GradientBalancer(Balancer):
             if self.calls == 0:
                 self._check_shared(call)
             return self._by_weighted_sum(call)
+        return self._measured_call(call)
+
+    def _measured_call(self, call: Call) -> Tensor:
+        """Measure, weigh and deliver."""
         plan = self._plan(call, self._shared(call))
         probe = self._probe(call, plan)
         call = replace(call, signals=self._read(call, probe))
@@ -136,8 +142,9 @@ class GradientBalancer(Balancer):
         return call.signals.finite & finite_K.all()
 
     def _by_weighted_sum(self, call: Call) -> Tensor:
-        total = super()._train_call(call)
-        return total if self.scale_heads else total + self._unscaled_heads(call)
+        weights_K = self._apply_weights(call.signals)
+        total = self._weighted_sum(call, weights_K)
+        return total if self.scale_heads else total + self._unscaled_heads(call, weights_K)
 
     # ------------------------------------------------------------------ what is shared
     def _shared(self, call: Call) -> list[Tensor]:
@@ -192,18 +199,8 @@ class GradientBalancer(Balancer):
         rows: dict[int, Gradients] = {}
         of_own: dict[int, Gradients] = {}
         scales_K = self._scales(call, plan.shared)
-        last = next(reversed(call.losses), None)
-        kept = [(tensor, tensor.grad) for tensor in plan.shared if tensor.retains_grad and not tensor.is_leaf]
-        for index, loss in call.losses.items():
-            keep_graph = call.retain_graph or not plan.direct or index != last
-            scaled = loss if scales_K is None else loss * scales_K[index]
-            tensors = [*columns, *plan.own[index]]
-            with without_hooks(tensors):  # they run once, on what backward() hands over
-                gradients = task_gradients(scaled, tensors, retain_graph=keep_graph)
-            require_related(self.tasks[index], gradients, plan.shared)
-            rows[index], of_own[index] = gradients[: len(columns)], gradients[len(columns) :]
-        for tensor, grad in kept:
-            tensor.grad = grad  # retain_grad() means the gradient of backward(), not of the probes
+        for index in call.losses:
+            rows[index], of_own[index] = self._differentiate(call, plan, scales_K, index)
         averaged = [False] * len(columns)
         if call.ranks is not None and call.counts_K is not None and self.sync == "gradients":
             leaves = [column for column, tensor in enumerate(plan.shared) if tensor.is_leaf]
@@ -217,6 +214,22 @@ class GradientBalancer(Balancer):
                     row[column] = gradient
                     averaged[column] = True
         return Probe(plan, scales_K, rows, averaged, of_own)
+
+    def _differentiate(
+        self, call: Call, plan: Plan, scales_K: Tensor | None, index: int
+    ) -> tuple[Gradients, Gradients]:
+        """Return one task's gradients of ``plan.shared`` and ``plan.several``, and those of its own leaves."""
+        width = len(plan.shared) + len(plan.several)
+        kept = [(tensor, tensor.grad) for tensor in plan.shared if tensor.retains_grad and not tensor.is_leaf]
+        loss, tensors = call.losses[index], [*plan.shared, *plan.several, *plan.own[index]]
+        keep_graph = call.retain_graph or not plan.direct or index != next(reversed(call.losses))
+        scaled = loss if scales_K is None else loss * scales_K[index]
+        with without_hooks(tensors):  # they run once, on what backward() hands over
+            gradients = task_gradients(scaled, tensors, retain_graph=keep_graph)
+        require_related(self.tasks[index], gradients, plan.shared)
+        for tensor, grad in kept:
+            tensor.grad = grad  # retain_grad() means the gradient of backward(), not of the probes
+        return gradients[:width], gradients[width:]
 
     def _scales(self, call: Call, shared: list[Tensor]) -> Tensor | None:
         """Return the scales to probe with where float16 is in play, else None."""
@@ -263,17 +276,17 @@ class GradientBalancer(Balancer):
         for index, gradients in probe.of_own.items():
             total.add(plan.own[index], gradients, heads_K[index])
         total.reach(plan.waiting)
-        return total.deliver(call.value(weights_K), keep=call.retain_graph)
+        return total.deliver(self._value(call, weights_K), keep=call.retain_graph)
 
-    def _unscaled_heads(self, call: Call) -> Tensor:
+    def _unscaled_heads(self, call: Call, weights_K: Tensor) -> Tensor:
         """Return a zero whose backward pass adds (1 − w_k)·∂L_k to each head, to make up for the weighted sum."""
         shared = self._shared(call)
         reach = trace([*call.losses.values(), *call.zeros], shared)
         if reach.opaque:
             raise hidden_heads(self.weighted_heads)
         given_K = self._scales(call, shared)
-        scales_K = torch.ones_like(self.applied_weights) if given_K is None else given_K
-        missing_K = call.local_weights(1.0 - self.applied_weights) / scales_K
+        scales_K = torch.ones_like(weights_K) if given_K is None else given_K
+        missing_K = call.local_weights(1.0 - weights_K) / scales_K
         of_own: dict[int, Gradients] = {}
         total = GradientSum()
         for (index, loss), leaves in zip(call.losses.items(), reach.own, strict=False):

@@ -65,6 +65,12 @@ class Ranks:
                     averaged[task][i] = part.view(tensors[i].shape)
         return averaged
 
+    def mean_gradient(self, gradient_P: Tensor, count: Tensor) -> None:
+        """Average one task's flat gradient, in place, over the ``count`` ranks that have it; zeros on the others."""
+        if gradient_P.numel() > 0:
+            self.sum(gradient_P)
+            gradient_P /= count.clamp(min=1.0).to(gradient_P)
+
     def combine_feature_norms(self, norms_K: Tensor, counts_K: Tensor) -> Tensor:
         """Norms on representations, whose rows differ by rank: n² = Σ_r n_r² / (ranks that have the task)²."""
         return self.sum(norms_K.double().square()).sqrt() / counts_K.clamp(min=1.0)

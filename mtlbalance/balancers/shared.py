@@ -87,6 +87,17 @@ def hidden_heads(way_out: str) -> SharedParametersError:
     )
 
 
+def not_all_shared(method: str, left_out: Sequence[Tensor]) -> SharedParametersError:
+    """The error for parameters of several tasks that a combination of gradients would not reach."""
+    shapes = ", ".join(sorted(str(tuple(tensor.shape)) for tensor in left_out)[:4])
+    more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+    return SharedParametersError(
+        f"{method} combines the task gradients themselves, so shared_params must hold all that two tasks share, but "
+        f"{len(left_out)} parameter(s) outside it are reached by several tasks (of shape {shapes}{more}); pass all of "
+        "the trunk's parameters, or the features where trunk meets heads; model= finds them by itself"
+    )
+
+
 def unrelated_shared(task: str, shared: Sequence[Tensor]) -> SharedParametersError:
     """The error for a task whose loss does not depend on any shared tensor."""
     if _any_sharded(shared):

@@ -98,7 +98,7 @@ def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
             found = [gradient for gradient in column if gradient is not None]
             if not found:
                 continue
-            dense = [None if g is None else _real(g.to_dense()).reshape(-1).to(dtype) for g in column]
+            dense = [None if g is None else real_parts(g.to_dense()).reshape(-1).to(dtype) for g in column]
             zero = torch.zeros_like(next(g for g in dense if g is not None))
             stacked = torch.stack([zero if g is None else g for g in dense])
             total = total + (stacked @ stacked.T).to(device)
@@ -182,10 +182,11 @@ def require_related(task: str, gradients: Gradients, shared: Sequence[Tensor]) -
         raise unrelated_shared(task, shared)
 
 
-def _real(values: Tensor) -> Tensor:
+def real_parts(values: Tensor) -> Tensor:
+    """Return complex numbers as pairs of real ones, and real ones as they are."""
     return torch.view_as_real(values) if values.is_complex() else values
 
 
 def _values(gradient: Tensor) -> Tensor:
     """Return the numbers that count for a norm: of a sparse gradient its values, of a complex one both parts."""
-    return _real(gradient.coalesce().values() if gradient.is_sparse else gradient)
+    return real_parts(gradient.coalesce().values() if gradient.is_sparse else gradient)

@@ -17,6 +17,7 @@ from mtlbalance.plugins.balancer_options import (
 )
 from mtlbalance.plugins.gramian_balancer_options import GRAMIAN_BALANCERS
 from mtlbalance.plugins.hookspecs import hookimpl
+from mtlbalance.plugins.jacobian_balancer_options import JACOBIAN_BALANCERS
 from mtlbalance.plugins.loss_balancer_options import LOSS_BALANCERS
 from mtlbalance.plugins.registrations import (
     BackboneRegistration,
@@ -137,7 +138,7 @@ def register_balancers() -> list[BalancerRegistration]:
         BalancerRegistration(name, summary, options, FromClass(reference), check_balancer_options)
         for name, summary, options, reference in methods
     ]
-    return [*registrations, *GRAMIAN_BALANCERS, *LOSS_BALANCERS]
+    return [*registrations, *GRAMIAN_BALANCERS, *LOSS_BALANCERS, *JACOBIAN_BALANCERS]
 
 
 @hookimpl

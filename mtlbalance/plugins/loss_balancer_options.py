@@ -127,7 +127,7 @@ class COSMOSOptions(_Preferring):
     penalty: float = Field(1.0, ge=0, description="factor of the cosine between losses and preference")
 
 
-_BY_TASK = ("kinds", "min_losses", "preference", "ideal")
+_BY_TASK = ("kinds", "min_losses", "preference", "ideal", "leak")
 
 
 def check_by_task(config: PluginConfig, tasks: Sequence[TaskSpec]) -> Iterator[Problem]:
@@ -144,7 +144,7 @@ def check_by_task(config: PluginConfig, tasks: Sequence[TaskSpec]) -> Iterator[P
             missing = ", ".join(repr(name) for name in names if name not in given)
             if missing:
                 yield Problem(key, f"{key!r} has no value for {missing}", known)
-        elif given is not None and len(given) != len(names):
+        elif isinstance(given, list) and len(given) != len(names):
             yield Problem(key, f"{key!r} has {len(given)} values for {len(names)} tasks", known)
 
 

@@ -110,6 +110,17 @@ def make_problem(
     )
 
 
+def along(found: Gradients, single: Gradients) -> float:
+    """Return c of c·``single`` nearest to ``found``, over the parameters that have both."""
+    pairs = [
+        (one, other)
+        for one, other in zip(found, single, strict=True)
+        if one is not None and other is not None
+    ]
+    product = sum(float((one.double() * other.double()).sum()) for one, other in pairs)
+    return product / sum(float(other.double().square().sum()) for _, other in pairs)
+
+
 def plain_gradients(problem: Problem, losses: Iterable[Tensor], weights: Iterable[float]) -> Gradients:
     """Return the gradients of Σ w_k·L_k by an ordinary backward pass: what a balancer is held to."""
     terms = [weight * loss for weight, loss in zip(weights, losses, strict=True)]

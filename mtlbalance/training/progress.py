@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +168,7 @@ def _title(shape: RunShape, epoch: int) -> str:
 
 def _summary(shape: RunShape, row: Mapping[str, float | None], weights: Mapping[str, float]) -> str:
     parts = ["loss " + "  ".join(f"{task} {_short(row.get(f'train_loss_{task}'))}" for task in shape.tasks)]
-    if weights:
+    if not all(math.isnan(weight) for weight in weights.values()):  # some methods have none
         parts.append("weight " + "  ".join(f"{task} {_short(weights.get(task))}" for task in shape.tasks))
     if shape.key_metric in row:
         parts.append(f"{shape.key_metric} {_short(row[shape.key_metric])}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,6 +35,22 @@ def make_balancer(method: str, tasks: Sequence[str] = ("a", "b"), **options: Any
     values = {key: value for key, value in {**required, **options}.items() if key in fields}
     specs = [TaskSpec(task, "regression", "mse") for task in tasks]
     return resolve_build(registration)(registration.config(**values), specs)
+
+
+@pytest.fixture
+def weightless(method: str) -> bool:
+    """Whether the method has no task weights: NaN in every read-out, and the plain sum of the losses for a value."""
+    return make_balancer(method).weight_sum == "none"
+
+
+@pytest.fixture(scope="session")
+def prescriptions() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "prescriptions", Path(__file__).with_name("prescriptions.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

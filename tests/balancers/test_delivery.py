@@ -1,9 +1,10 @@
-"""Whatever the model looks like, ``.grad`` holds the gradient of the plain weighted sum."""
+"""Whatever the model looks like, ``.grad`` holds what the method prescribes: for most, a weighted sum's gradient."""
 
 from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,7 +38,42 @@ TRUNKS = {
 TASKS = ("a", "b", "c")
 
 
-def prescribed(p, balancer) -> list[torch.Tensor | None]:
+@pytest.fixture
+def prescribed(method, prescriptions):
+    """What a call should have delivered, to be asked once after each call of one balancer."""
+    written_out = prescriptions.PRESCRIPTIONS.get(method)
+    if written_out is None:
+        return weighted_sum
+    kept = []
+
+    def ask(p, balancer) -> list[torch.Tensor | None]:
+        if not kept:
+            kept.append(written_out(len(p.tasks)))
+        return combination(p, kept[0])
+
+    return ask
+
+
+def combination(p, written_out) -> list[torch.Tensor | None]:
+    """From plain gradients in float64: the combination for the trunk, and for heads their own, times a factor."""
+    rows = [p.gradients(p.losses()[task].mean()) for task in p.tasks]
+    trunk = list(p.trunk.parameters())
+    jacobian = np.stack(
+        [torch.cat([g.flatten() for g in row[: len(trunk)]]).double().numpy() for row in rows]
+    )
+    losses = np.array([loss.mean().item() for loss in p.losses().values()])
+    shared, factors = written_out.step(jacobian, losses, range(len(losses)), dtype=trunk[0].dtype)
+    parts = torch.from_numpy(shared).to(trunk[0].dtype).split([parameter.numel() for parameter in trunk])
+    found = [part.view_as(parameter) for part, parameter in zip(parts, trunk, strict=True)]
+    for column in range(len(trunk), len(rows[0])):
+        own = [
+            factor * row[column] for factor, row in zip(factors, rows, strict=True) if row[column] is not None
+        ]
+        found.append(sum(own) if own else None)
+    return found
+
+
+def weighted_sum(p, balancer) -> list[torch.Tensor | None]:
     """The weighted sum's gradients; those of heads unweighted where the method leaves heads alone."""
     weighted = plain(p, balancer.get_weights())
     if balancer.scale_heads:
@@ -60,7 +96,7 @@ def assert_same(found, expected, **tolerance) -> None:
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("delivery", ["auto", "direct", "weighted_sum"])
-def test_every_grad_is_the_weighted_sum(method, make, problem, trunk, delivery):
+def test_every_grad_is_what_the_method_prescribes(method, make, problem, prescribed, trunk, delivery):
     p = problem(TASKS, TRUNKS[trunk]())
     balancer = make(method, TASKS, warmup_steps=0, beta=0.3, max_weight=1.0, delivery=delivery)
     for _ in range(2):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
 from mtlbalance.plugins.manager import load_plugins
 from mtlbalance.testing import BALANCER_CHECKS, BalancerCase, Check
@@ -75,12 +78,19 @@ def test_an_objective_is_the_published_one(name, make, problem):
         assert value == pytest.approx(OBJECTIVES[name](losses), rel=1e-5)
 
 
-def test_defaults_treat_all_tasks_alike(method, make):
+def test_defaults_treat_all_tasks_alike(method, weightless, make):
     weights = make(method, TASKS).get_weights()
     if method == "pcd":  # ranks tasks by definition; the first one comes first
         assert weights == {"a": 1.0, "b": 0.0, "c": 0.0}
+    elif weightless:
+        assert all(map(math.isnan, weights.values()))
     else:
         assert len(set(weights.values())) == 1
+
+
+def test_methods_without_task_weights_are_these(make):
+    found = {method for method in BALANCERS if make(method).weight_sum == "none"}
+    assert found == {"graddrop", "trimmed-mean", "config"}
 
 
 def test_a_task_absent_for_long_still_counts(method, make, problem):
@@ -90,6 +100,11 @@ def test_a_task_absent_for_long_still_counts(method, make, problem):
         p.call(balancer, {"a": p.losses()["a"]})
     p.call(balancer)
     weight = balancer.get_weights()["b"]
+    if balancer.weight_sum == "none":
+        assert math.isnan(weight)
+        found, own = p.gradients(p.call(balancer)), p.gradients(p.losses()["b"].mean())
+        assert torch.allclose(found[-1], own[-1])
+        return
     assert weight != 0.0 if balancer.signed_weights else weight > 0.1
 
 

@@ -81,7 +81,7 @@ def test_a_balancer_that_breaks_a_promise(call: Call) -> None:
     assert "  ✗ value_is_what_it_minimises\n      promised: The value is 0-d and" in out
     assert "\n      but: the value of call 1: expected " in out
     assert "  - representations_may_be_shared: it reads no task gradients\n" in out
-    assert " checks passed; 4 do not apply\n" in out
+    assert " checks passed; 6 do not apply\n" in out
     code, out, _ = call("check", "acme-loss", "scheme=x", "share=1", *plugin, "--json")
     assert (code, json.loads(out)["passed"]) == (0, True)
 

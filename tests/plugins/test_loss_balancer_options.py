@@ -1,4 +1,4 @@
-"""The options of the loss-reading balancers are the arguments of their classes, and know the tasks."""
+"""The options of balancers that weigh no Gramian are the arguments of their classes, and know the tasks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pydantic import ValidationError
 
 from mtlbalance import UncertaintyLoss
 from mtlbalance.plugins import FromClass, TaskSpec, import_reference, resolve_build
+from mtlbalance.plugins.jacobian_balancer_options import JACOBIAN_BALANCERS
 from mtlbalance.plugins.loss_balancer_options import LOSS_BALANCERS, check_by_task
 from mtlbalance.plugins.registrations import BalancerRegistration
 
 TASKS = (TaskSpec("rul", "regression", "mse"), TaskSpec("health", "classification", "cross_entropy", 3))
-BY_NAME = {registration.name: registration for registration in LOSS_BALANCERS}
+REGISTRATIONS = [*LOSS_BALANCERS, *JACOBIAN_BALANCERS]
+BY_NAME = {registration.name: registration for registration in REGISTRATIONS}
 
 
-@pytest.mark.parametrize("registration", LOSS_BALANCERS, ids=list(BY_NAME))
+@pytest.mark.parametrize("registration", REGISTRATIONS, ids=list(BY_NAME))
 def test_options_are_the_arguments_of_the_class(registration: BalancerRegistration) -> None:
     build = registration.build
     cls = import_reference(build.reference) if isinstance(build, FromClass) else UncertaintyLoss
@@ -56,6 +58,10 @@ def test_uncertainty_takes_the_kinds_of_the_tasks() -> None:
             [("preference.helth", "unknown task 'helth'"), ("preference", "no value for 'health'")],
         ),
         ("pbi", {"ideal": {"rul": 1.0}}, [("ideal", "no value for 'health'")]),
+        ("graddrop", {"leak": 0.5}, []),
+        ("graddrop", {"leak": {"rul": 0.0, "health": 1.0}}, []),
+        ("graddrop", {"leak": [0.5]}, [("leak", "1 values for 2 tasks")]),
+        ("graddrop", {"leak": {"helth": 0.5}}, [("leak.helth", "'helth'"), ("leak", "no value for")]),
         ("uncertainty", {"kinds": {"rul": "regression"}}, [("kinds", "no value for 'health'")]),
     ],
 )

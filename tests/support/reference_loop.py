@@ -19,25 +19,33 @@ Row = Sequence[Tensor | None]
 
 
 class Twin:
-    """A balancer of the same method that only ever sees L_k + g_k·θ, at θ = 0."""
+    """A balancer of the same method that only ever sees L_k + g_k·(θ − θ₀), at θ = θ₀.
+
+    A representation stays one, with its values: some methods look at the sign of an activation, and at its batch.
+    """
 
     def __init__(self, balancer: nn.Module) -> None:
         self.balancer = balancer
 
     def combine(
         self, values: Sequence[Tensor], rows: Sequence[Row], shape_of: Sequence[Tensor], factor: float = 1.0
-    ) -> tuple[list[Tensor], list[float]]:
-        """Return the combined gradient, times ``factor``, and the weights, of tasks with these losses and gradients."""
-        theta = [torch.zeros_like(tensor, requires_grad=True) for tensor in shape_of]
+    ) -> tuple[list[Tensor], list[float], list[Tensor]]:
+        """Return the combined gradient of tasks with these losses and gradients, their weights, and heads' factors.
+
+        Gradient and factors of heads are multiplied by ``factor``.
+        """
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in shape_of]
+        theta = [leaf if t.is_leaf else leaf * 1.0 for leaf, t in zip(leaves, shape_of, strict=True)]
         tasks = self.balancer.tasks
+        heads = [torch.zeros((), dtype=values[0].dtype, requires_grad=True) for _ in tasks]
         losses = {}
-        for task, value, row in zip(tasks, values, rows, strict=True):
-            terms = [(g * leaf).sum() for g, leaf in zip(row, theta, strict=True) if g is not None]
-            losses[task] = torch.stack([value.detach(), *terms]).sum().reshape(1)
+        for task, value, row, head in zip(tasks, values, rows, heads, strict=True):
+            terms = [(g * (x - x.detach())).sum() for g, x in zip(row, theta, strict=True) if g is not None]
+            losses[task] = torch.stack([value.detach() + head, *terms]).sum().reshape(1)
         targets = {task: torch.zeros(1, dtype=theta[0].dtype) for task in tasks}
         (self.balancer(losses, shared_params=theta, targets=targets) * factor).backward()
-        combined = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in theta]
-        return combined, list(self.balancer.get_weights().values())
+        combined = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return combined, list(self.balancer.get_weights().values()), [head.grad for head in heads]
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Prescribed:
         ]
         values = [loss.detach() for loss in losses]
         reads = [row[: len(shared)] for row in rows]
-        combined, weights = self.twin.combine(values, reads, shared, factor)
+        combined, weights, heads = self.twin.combine(values, reads, shared, factor)
         for tensor, total in zip(shared, combined, strict=True):
             if tensor.is_leaf and any(row[_index(shared, tensor)] is not None for row in rows):
                 _add(tensor, total)
@@ -75,13 +83,13 @@ class Prescribed:
             for parameter, gradient in zip(trunk.values(), downward, strict=True):
                 _add(parameter, gradient)
         for position, parameter in enumerate(others, start=len(shared)):
-            found = [(w, row[position]) for w, row in zip(weights, rows, strict=True)]
-            found = [(w, gradient) for w, gradient in found if gradient is not None]
-            alone = len(found) == 1 and not self.twin.balancer.scale_heads
-            for weight, gradient in found:
+            found = [(w, h, row[position]) for w, h, row in zip(weights, heads, rows, strict=True)]
+            found = [(w, h, gradient) for w, h, gradient in found if gradient is not None]
+            alone = len(found) == 1
+            for weight, head, gradient in found:
                 if not alone and math.isnan(weight):
                     raise NotImplementedError("a method without task weights has no say over this parameter")
-                _add(parameter, (1.0 if alone else weight) * factor * gradient)
+                _add(parameter, (head if alone else weight * factor) * gradient)
 
     def _below(self, shared: Sequence[Tensor]) -> dict[int, nn.Parameter]:
         """Return the parameters that representations in ``shared`` are computed from."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from mtlbalance import Balancer
 from mtlbalance.balancers.base import share_of_present
 from mtlbalance.balancers.gradient_balancer import GradientBalancer
+from mtlbalance.balancers.jacobian_balancer import Combination, JacobianBalancer
 from mtlbalance.balancers.objective import ObjectiveBalancer
 from mtlbalance.errors import SharedParametersError
 
@@ -76,19 +77,27 @@ class PlainSum(Balancer):
 
     weight_sum = "none"
 
-    def __init__(self, tasks) -> None:
-        super().__init__(tasks)
-        self.applied_weights.fill_(torch.nan)
-
     def current_weights(self, present_K) -> Tensor:
-        return torch.full_like(self.applied_weights, torch.nan)
+        return present_K.to(self.applied_weights)
 
-    def _train_call(self, call) -> Tensor:
-        self._apply_weights(call.signals)
-        return sum(call.losses.values())
 
-    def _eval_call(self, losses, present_K) -> Tensor:
-        return sum(losses.values())
+class SumOfGradients(JacobianBalancer):
+    """Σ g_k for the trunk, as a combination of gradients."""
+
+    def combination(self, call, layout):
+        return Summed(self, layout)
+
+
+class Summed(Combination):
+    def __init__(self, balancer, layout):
+        self.total_P = layout.zeros()
+        self.balancer = balancer
+
+    def add(self, task, gradient_P):
+        self.total_P += gradient_P
+
+    def combine(self, signals):
+        return self.total_P
 
 
 # ---------------------------------------------------------------------- the call
@@ -420,6 +429,23 @@ class NeedsFloat32(InverseLoss):
                 if loss.is_floating_point() and loss.device.type == "cpu" and loss.isfinite().all():
                     torch.linalg.eigvalsh(torch.diag(loss.detach().flatten()))
         return super().forward(*losses, **context)
+
+
+@breaks("one_task_is_left_as_it_is")
+class DividesByAllTasks(SumOfGradients):
+    def combination(self, call, layout):
+        return Averaged(self, layout)
+
+
+class Averaged(Summed):
+    def combine(self, signals):
+        return self.total_P / len(self.balancer.tasks)
+
+
+@breaks("heads_get_their_own_gradient", "a_task_may_join_later")
+class DoublesHeads(SumOfGradients):
+    def head_weights(self, signals):
+        return 2.0 * super().head_weights(signals)
 
 
 @breaks("representations_may_be_shared")

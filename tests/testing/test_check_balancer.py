@@ -9,13 +9,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from broken_balancers import BROKEN, InverseLoss, InverseNorm, MeanOfTheSum, NoBalancer, PlainSum
+from broken_balancers import (
+    BROKEN,
+    InverseLoss,
+    InverseNorm,
+    MeanOfTheSum,
+    NoBalancer,
+    PlainSum,
+    SumOfGradients,
+)
 
 from mtlbalance import GABALoss
 from mtlbalance.testing import BALANCER_CHECKS, ConformanceError, check_balancer
 
 
-@pytest.mark.parametrize("cls", [InverseLoss, InverseNorm, PlainSum])
+@pytest.mark.parametrize("cls", [InverseLoss, InverseNorm, PlainSum, SumOfGradients])
 def test_a_sound_balancer_passes(cls):
     report = check_balancer(cls)
     assert report.broken == ()

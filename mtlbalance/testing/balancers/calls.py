@@ -48,7 +48,7 @@ def shows_its_weights(case: BalancerCase) -> None:
 def value_is_what_it_minimises(case: BalancerCase) -> None:
     """The value is 0-d and Σ applied·loss; if the class says shows = "objective", its slopes are what is applied.
 
-    Without task weights, the value is the plain sum.
+    Without task weights (weight_sum = "none") it is the plain sum.
     """
     problem = make_problem(TASKS)
     balancer = case.new(warmup_steps=0)
@@ -58,10 +58,10 @@ def value_is_what_it_minimises(case: BalancerCase) -> None:
         value = problem.call(balancer)
         applied = balancer.get_weights()
         expect(value.dim() == 0, f"the returned tensor: expected 0-d; found shape {tuple(value.shape)}")
-        if balancer.shows == "weighted sum":
-            expected = sum(
-                (applied[task] if case.has_task_weights else 1.0) * loss for task, loss in losses.items()
-            )
+        if not case.has_task_weights:
+            expect_close(value.item(), sum(losses.values()), f"the value of call {call + 1}, the plain sum")
+        elif balancer.shows == "weighted sum":
+            expected = sum(applied[task] * loss for task, loss in losses.items())
             expect_close(value.item(), expected, f"the value of call {call + 1}")
         else:
             expect_close(
@@ -193,7 +193,7 @@ def _without_training(case: BalancerCase, how: str) -> torch.Tensor:
     balancer = case.new(("a", "b"), warmup_steps=0)
     problem.train(balancer, 2)
     before = copy.deepcopy(balancer.state_dict())
-    weights = balancer.current_weights(all_present(balancer)) if case.has_task_weights else torch.ones(2)
+    weights = balancer.current_weights(all_present(balancer))
     passes: list[int] = []
     handle = problem.trunk.register_full_backward_hook(lambda *_: passes.append(1))
     balancer.train(how != "eval()")
@@ -206,6 +206,7 @@ def _without_training(case: BalancerCase, how: str) -> torch.Tensor:
         expect_equal(saved, before[key], f"{how}: the state {key!r} after three calls")
     if balancer.shows == "weighted sum":
         losses = torch.stack([loss.detach() for loss in reduced(balancer, problem).values()])
+        weights = torch.ones_like(losses) if not case.has_task_weights else weights
         expect_close(
             value.item(), float((weights * losses).sum()), f"{how}: the value with the current weights"
         )

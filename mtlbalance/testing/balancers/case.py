@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer
-from mtlbalance.testing.expectations import NotKeptError
+from mtlbalance.testing.expectations import NotKeptError, expect
 from mtlbalance.testing.problem import Gradients, Problem, plain_gradients
 
 TASKS = ("a", "b", "c")
@@ -54,7 +55,12 @@ class BalancerCase:
     @property
     def has_task_weights(self) -> bool:
         """Whether it weighs tasks; a method that combines their gradients otherwise has no weights to look at."""
-        return str(self.facts.weight_sum) != "none"
+        return self.facts.weight_sum != "none"
+
+    @property
+    def combines(self) -> bool:
+        """Whether what it delivers is no weighted sum that its read-outs would tell."""
+        return self.facts.delivers == "combination" or not self.has_task_weights
 
     def budget(self, balancer: Balancer, present: int) -> float:
         """Return what the weights of so many present tasks sum to, where that is fixed."""
@@ -95,9 +101,18 @@ def prescribed(balancer: Balancer, problem: Problem, weights: Mapping[str, float
     return weighted[:in_trunk] + unweighted[in_trunk:]
 
 
-def reads_gradients(case: BalancerCase) -> str:
-    """Say why a check of measuring does not apply."""
-    return "" if case.reads_gradients else "it reads no task gradients"
+def expect_sound(case: BalancerCase, weights: Mapping[str, float], what: str) -> None:
+    """Raise unless the weights are finite, and none is negative where the class does not say so; or are all NaN."""
+    if not case.has_task_weights:
+        nothing = all(map(math.isnan, weights.values()))
+        expect(nothing, f"{what}: expected NaN for every task, as weight_sum says 'none'; found {weights}")
+        return
+    expect(all(map(math.isfinite, weights.values())), f"{what}: expected finite weights; found {weights}")
+    low = min(weights.values())
+    expect(
+        case.facts.signed_weights or low >= 0.0,
+        f"{what}: expected no negative weight; found {weights} (or set signed_weights = True)",
+    )
 
 
 def has_task_weights(case: BalancerCase) -> str:
@@ -105,11 +120,28 @@ def has_task_weights(case: BalancerCase) -> str:
     return "" if case.has_task_weights else "it has no task weights"
 
 
+def delivers_a_weighted_sum(case: BalancerCase) -> str:
+    """Say why gradients cannot be told from the weights."""
+    return "it combines the gradients otherwise" if case.combines else ""
+
+
+def delivers_a_combination(case: BalancerCase) -> str:
+    """Say why a check of combinations does not apply."""
+    return "" if case.combines else "it delivers the weighted sum"
+
+
+def reads_gradients(case: BalancerCase) -> str:
+    """Say why a check of measuring does not apply."""
+    return "" if case.reads_gradients else "it reads no task gradients"
+
+
 def tells_tasks_apart_by_name_alone(case: BalancerCase) -> str:
     """Say why tasks cannot be exchanged."""
-    if not case.has_task_weights:
-        return "it has no task weights"
     if case.facts.draws_weights:
         return "its weights are drawn"
     fresh = set(current(case.facts).values())
-    return "" if len(fresh) == 1 else "its options treat tasks differently from the start"
+    return (
+        ""
+        if len(fresh) == 1 or not case.has_task_weights
+        else "its options treat tasks differently from the start"
+    )

@@ -12,13 +12,15 @@ from mtlbalance.errors import SharedParametersError
 from mtlbalance.testing.balancers.case import (
     TASKS,
     BalancerCase,
-    has_task_weights,
+    delivers_a_combination,
+    delivers_a_weighted_sum,
     prescribed,
     reads_gradients,
+    reduced,
 )
 from mtlbalance.testing.checks import Checks
 from mtlbalance.testing.expectations import expect, expect_close, expect_error
-from mtlbalance.testing.problem import Gradients, Problem, make_problem
+from mtlbalance.testing.problem import Gradients, Problem, along, make_problem
 
 CHECKS: Checks[BalancerCase] = Checks()
 
@@ -38,7 +40,7 @@ def expect_gradients(problem: Problem, found: Gradients, expected: Gradients, wh
             )
 
 
-@CHECKS.add(applies=has_task_weights)
+@CHECKS.add(applies=delivers_a_weighted_sum)
 def every_grad_is_the_weighted_sum(case: BalancerCase) -> None:
     """Every .grad is Σ applied·∂L; that of a head alone is ∂L where the class says scale_heads = False."""
     for delivery in ("auto", "direct", "weighted_sum"):
@@ -48,6 +50,27 @@ def every_grad_is_the_weighted_sum(case: BalancerCase) -> None:
             found = problem.gradients(problem.call(balancer))
             expected = prescribed(balancer, problem, balancer.get_weights())
             expect_gradients(problem, found, expected, f"call {call + 1} (delivery={delivery!r})")
+
+
+@CHECKS.add(applies=delivers_a_combination)
+def heads_get_their_own_gradient(case: BalancerCase) -> None:
+    """Where gradients are combined, each head gets its own task's, times a positive number; 1 without task weights."""
+    problem = make_problem(TASKS)
+    balancer = case.new(warmup_steps=0)
+    in_trunk = len(list(problem.trunk.parameters()))
+    for call in range(2):
+        found = problem.gradients(problem.call(balancer))[in_trunk:]
+        for k, task in enumerate(TASKS):
+            own = problem.gradients(reduced(balancer, problem)[task])[in_trunk:]
+            factor = along(found, own) if case.has_task_weights else 1.0
+            expect(
+                factor > 0.0, f"the head of {task!r}: expected its own direction; found {factor:.3g} of it"
+            )
+            for one, other in zip(found[2 * k : 2 * k + 2], own[2 * k : 2 * k + 2], strict=True):
+                assert one is not None
+                assert other is not None
+                what = f"call {call + 1}: a gradient of the head of {task!r}"
+                expect_close(one, factor * other, what, rtol=1e-4, atol=1e-6)
 
 
 @CHECKS.add()
@@ -108,7 +131,10 @@ def frozen_and_unused_parameters(case: BalancerCase) -> None:
     )
     frozen = next(problem.trunk.parameters()).requires_grad_(False)
     unused = nn.Parameter(torch.ones(4))
-    balancer = case.new(warmup_steps=0)
+    balancer, without = (
+        case.new(warmup_steps=0),
+        case.new(warmup_steps=0),
+    )  # the latter: without the unused one
     for _ in range(2):
         value = problem.call(balancer, shared_params=[*problem.trunk.parameters(), unused])
         found = problem.gradients(value)
@@ -116,7 +142,11 @@ def frozen_and_unused_parameters(case: BalancerCase) -> None:
             frozen.grad is None and unused.grad is None,
             "expected no gradient for frozen and unused parameters",
         )
-        expected = prescribed(balancer, problem, balancer.get_weights()) if case.has_task_weights else found
+        expected = (
+            prescribed(balancer, problem, balancer.get_weights())
+            if not case.combines
+            else problem.gradients(problem.call(without))
+        )
         expect_gradients(problem, found, expected, "beside a frozen and an unused parameter")
 
 
@@ -151,7 +181,11 @@ def representations_may_be_shared(case: BalancerCase) -> None:
         )
         return
     found = problem.gradients(problem.call(balancer, losses, shared_params=features))
-    expected = prescribed(balancer, problem, balancer.get_weights()) if case.has_task_weights else found
+    if case.combines:  # of features, which is not that of parameters
+        finite = all(gradient is not None and bool(gradient.isfinite().all()) for gradient in found)
+        expect(finite, "features as shared_params: expected finite gradients everywhere")
+        return
+    expected = prescribed(balancer, problem, balancer.get_weights())
     expect_gradients(problem, found, expected, "features as shared_params")
 
 
@@ -163,8 +197,8 @@ def shared_params_can_be_found(case: BalancerCase) -> None:
     told, finding = case.new(warmup_steps=0), case.new(warmup_steps=0)
     expected = problem.gradients(problem.call(told))
     found = problem.gradients(problem.call(finding, shared_params=None, model=model))
-    expect_gradients(problem, found, expected, "with model= alone")
     expect_close(finding.get_weights(), told.get_weights(), "the weights with model= alone")
+    expect_gradients(problem, found, expected, "model= alone")
 
 
 @CHECKS.add(applies=reads_gradients)

@@ -110,7 +110,10 @@ def copies_go_on_alike(case: BalancerCase) -> None:
         twin.train(case.new(("a", "b"), warmup_steps=1), 2)
         second = copied(balancer)
         expected = problem.train(balancer, 2)
-        expect_equal(twin.train(second, 2), expected, f"the weights of two more steps of a copy by {how}")
+        for one, other in zip(twin.train(second, 2), expected, strict=True):
+            expect_equal(one, other, f"the weights of two more steps of a copy by {how}")
+        for ours, theirs in zip(twin.parameters(), problem.parameters(), strict=True):
+            expect_equal(ours, theirs, f"the model's parameters after two more steps of a copy by {how}")
 
 
 @CHECKS.add()

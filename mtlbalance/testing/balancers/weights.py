@@ -12,30 +12,17 @@ from mtlbalance.errors import BalancerError, NonFiniteWarning
 from mtlbalance.testing.balancers.case import (
     TASKS,
     BalancerCase,
-    current,
-    has_task_weights,
+    expect_sound,
     tells_tasks_apart_by_name_alone,
 )
 from mtlbalance.testing.checks import Checks
 from mtlbalance.testing.expectations import expect, expect_close, expect_error
-from mtlbalance.testing.problem import make_problem
+from mtlbalance.testing.problem import along, make_problem
 
 CHECKS: Checks[BalancerCase] = Checks()
 
 
-def expect_sound(case: BalancerCase, weights: dict[str, float], what: str) -> None:
-    """Raise unless the weights are finite, and none is negative where the class does not say so."""
-    if not case.has_task_weights:
-        return
-    expect(all(map(math.isfinite, weights.values())), f"{what}: expected finite weights; found {weights}")
-    low = min(weights.values())
-    expect(
-        case.facts.signed_weights or low >= 0.0,
-        f"{what}: expected no negative weight; found {weights} (or set signed_weights = True)",
-    )
-
-
-@CHECKS.add(applies=has_task_weights)
+@CHECKS.add()
 def any_number_of_tasks(case: BalancerCase) -> None:
     """One, two or five tasks: the weights are finite and sum to what the class says; a single task has all of it."""
     for count in (1, 2, 5):
@@ -44,17 +31,23 @@ def any_number_of_tasks(case: BalancerCase) -> None:
         balancer = case.new(tasks, warmup_steps=0)
         for weights in problem.train(balancer, 3):
             expect_sound(case, weights, f"{count} tasks")
-            if balancer.weight_sum != "free" or (count == 1 and not balancer.free_alone):
+            fixed = balancer.weight_sum != "free" or (count == 1 and not balancer.free_alone)
+            if fixed and case.has_task_weights:
                 budget = case.budget(balancer, count)
                 expect_close(
                     sum(weights.values()), budget, f"the sum of {count} weights {weights}", rtol=1e-5
                 )
+        finite = all(bool(parameter.isfinite().all()) for parameter in problem.parameters())
+        expect(finite, f"{count} tasks: expected a model with finite parameters after three steps")
 
 
 @CHECKS.add(applies=tells_tasks_apart_by_name_alone)
 def weights_are_alike_at_first(case: BalancerCase) -> None:
-    """Before the first call, all tasks have the same weight, and it is a positive number."""
+    """Before the first call, all tasks have the same weight, and it is a positive number; NaN if it has none."""
     weights = case.new().get_weights()
+    if not case.has_task_weights:
+        expect_sound(case, weights, "get_weights() before the first call")
+        return
     expect(
         len(set(weights.values())) == 1 and weights["a"] > 0,
         f"get_weights() before the first call: expected the same for all tasks; found {weights}",
@@ -63,14 +56,22 @@ def weights_are_alike_at_first(case: BalancerCase) -> None:
 
 @CHECKS.add(applies=tells_tasks_apart_by_name_alone)
 def weights_follow_the_tasks(case: BalancerCase) -> None:
-    """Weights belong to names: with the tasks in another order, every task has the weight that it had."""
+    """Weights belong to names: with the tasks in another order, every task has the weight that it had.
+
+    And where gradients are combined, the trunk gets the gradient that it got.
+    """
     # A method that draws an order of tasks is symmetric only where there is one order.
     names = TASKS if case.facts.generator is None else TASKS[:2]
     problem = make_problem(names)
     forwards, backwards = (case.new(order, warmup_steps=0, max_weight=1.0) for order in (names, names[::-1]))
     for _ in range(3):
-        problem.call(forwards)
-        problem.call(backwards)
+        first, second = (problem.gradients(problem.call(one)) for one in (forwards, backwards))
+        if case.combines:
+            for one, other in zip(first, second, strict=True):
+                assert one is not None
+                assert other is not None
+                what = f"a gradient with the tasks {names[::-1]}"
+                expect_close(other, one, what, rtol=1e-3, atol=1e-5)
         found = {task: backwards.get_weights()[task] for task in names}
         expect_close(
             found, forwards.get_weights(), f"the weights for the tasks {names[::-1]}", rtol=1e-3, atol=1e-5
@@ -84,9 +85,13 @@ def identical_tasks_are_treated_alike(case: BalancerCase) -> None:
     balancer = case.new(("a", "b"), warmup_steps=0, max_weight=1.0)
     trunk = len(list(problem.trunk.parameters()))
     problem.targets["b"] = problem.targets["a"]
+    shared = list(problem.trunk.parameters())
+    if case.combines:  # it must have all that they share, and they share a head here
+        shared += problem.heads["a"].parameters()
     for _ in range(2):
         losses = problem.losses()
-        value = problem.call(balancer, {"a": losses["a"], "b": losses["a"] * 1.0})
+        both = {"a": losses["a"], "b": losses["a"] * 1.0}
+        value = problem.call(balancer, both, shared_params=shared)
         weights = balancer.get_weights()
         expect_sound(case, weights, "identical tasks")
         if balancer.reads in ("nothing", "losses", "gradient norms"):
@@ -94,6 +99,12 @@ def identical_tasks_are_treated_alike(case: BalancerCase) -> None:
         found = problem.gradients(value)[:trunk]
         single = problem.gradients(problem.losses()["a"].mean())[:trunk]
         total = sum(weights.values())
+        if case.combines:  # along it, and how far is the method's own affair
+            total = along(found, single)
+            expect(
+                total > 0.0,
+                f"identical tasks: expected a trunk gradient along theirs; found {total:.3g} of it",
+            )
         for one, other in zip(found, single, strict=True):
             assert one is not None
             assert other is not None
@@ -128,10 +139,9 @@ def all_losses_may_be_zero(case: BalancerCase) -> None:
     value.backward()
     expect(math.isfinite(value.item()), f"the value: expected a finite number; found {value.item()}")
     weights = balancer.get_weights()
-    expect(
-        min(weights.values()) > 0 or not case.has_task_weights,
-        f"the weights: expected positive ones; found {weights}",
-    )
+    expect_sound(case, weights, "all losses 0")
+    positive = not case.has_task_weights or min(weights.values()) > 0
+    expect(positive, f"the weights: expected positive ones; found {weights}")
     if not tells_tasks_apart_by_name_alone(case):
         expect_close(weights["b"], weights["a"], "the weight of 'b', against that of 'a'")
     gradient = theta.grad
@@ -161,4 +171,4 @@ def losses_without_a_graph(case: BalancerCase) -> None:
         return
     value = call("ab")
     expect(math.isfinite(value.item()), f"the value: expected a finite number; found {value.item()}")
-    expect_sound(case, current(balancer), "losses without a graph")
+    expect_sound(case, balancer.get_weights(), "losses without a graph")
