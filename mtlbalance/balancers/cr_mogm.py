@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from mtlbalance.balancers.aligned_mtl import AlignedMTLLoss
-from mtlbalance.balancers.base import Sync, WeightSum
+from mtlbalance.balancers.base import Delivers, Sync, WeightSum
 from mtlbalance.balancers.cagrad import CAGradLoss
 from mtlbalance.balancers.checks import one_of, real
-from mtlbalance.balancers.double_sampling import DoubleSamplingBalancer
 from mtlbalance.balancers.dualproj import DualProjLoss
 from mtlbalance.balancers.fairgrad import FairGradLoss
 from mtlbalance.balancers.gradient_balancer import Delivery
-from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer, Indices
+from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer, Indices, in_float32
 from mtlbalance.balancers.imtl_g import IMTLGLoss
 from mtlbalance.balancers.mgda import MGDALoss
 from mtlbalance.balancers.nash_mtl import NashMTLLoss
@@ -64,7 +63,10 @@ class CRMOGMLoss(GramianBalancer):
     Absent tasks: their λ wait. Of a method whose weights sum to 1, the present ones share 1 in the ratio of their λ,
     negative ones counting as 0. Zero gradients: see ``GramianBalancer``; their λ wait.
 
-    State: ``smoothed_weights`` λ (K,), NaN before the first, the method's own state, and that of
+    ``report()`` has λ under ``"smoothed"`` and λ̂ under ``"raw"``; of a method without task weights (ConFIG) its
+    coefficients are smoothed, and ``get_weights()`` is NaN.
+
+    State: ``smoothed_weights`` λ (K,), NaN before the first, the method's own state with the last λ̂, and that of
     ``GramianBalancer``.
     Cost: that of the method.
 
@@ -110,6 +112,10 @@ class CRMOGMLoss(GramianBalancer):
         self.solver = _solver(solver, self.tasks)
         self.scale_heads = self.solver.scale_heads if scale_heads is None else bool(scale_heads)
         self.weight_sum: WeightSum = self.solver.weight_sum  # type: ignore[misc]
+        self.delivers: Delivers = self.solver.delivers  # type: ignore[misc]
+        if not self.has_task_weights:
+            self.applied_weights.fill_(torch.nan)
+            self.solved_weights.copy_(self.solver.solved_weights)
         self.alpha = real(alpha, "alpha", 0.0, 1.0)
         self.register_buffer("smoothed_weights", torch.full((len(self.tasks),), torch.nan))
 
@@ -123,7 +129,8 @@ class CRMOGMLoss(GramianBalancer):
 
     def solve_for(self, tasks: Indices, gramian: Array, losses: Array) -> Array:
         """Move the averages of these tasks towards the method's weights, and return them."""
-        found = self.solver.solve_for(tasks, gramian, losses)
+        found = in_float32(self.solver.solve_for(tasks, gramian, losses))
+        self.solver.solved_weights[tasks] = torch.from_numpy(found).to(self.solver.solved_weights)
         stored = self.smoothed_weights.double().cpu().numpy()
         before, budget = self._before(stored, tasks, found)
         weights = self.alpha * before + (1.0 - self.alpha) * found
@@ -135,6 +142,10 @@ class CRMOGMLoss(GramianBalancer):
         """Return the averages as they are."""
         stored = self.smoothed_weights.double().cpu().numpy()
         return self._before(stored, tasks, self.solver.weights_at_rest(tasks, losses))[0]
+
+    def _report(self) -> dict[str, Tensor]:
+        smoothed = {"smoothed": self.smoothed_weights, "raw": self.solver.solved_weights}
+        return {**super()._report(), **smoothed}
 
     def _before(self, stored: Array, tasks: Indices, found: Array) -> tuple[Array, float]:
         """Return λ of these tasks as it was, with ``found`` for new ones, and the factor that it is stored with."""
@@ -151,12 +162,20 @@ class CRMOGMLoss(GramianBalancer):
 def _solver(given: str | GramianBalancer, tasks: Sequence[str]) -> GramianBalancer:
     if not isinstance(given, GramianBalancer):
         return SOLVERS[one_of(given, "solver", tuple(SOLVERS))](tasks)
-    if isinstance(given, DoubleSamplingBalancer):
+    if not _is_function_of_gramian(given):
         raise InvalidArgumentError(
-            f"solver cannot be {given.get_name()}: it steps its weights from batches of its own, and slowly already"
+            f"solver cannot be {given.get_name()}: its weights depend on more than one batch's Gramian, and what it "
+            "remembers would not move"
         )
     if given.tasks != tuple(tasks):
         raise InvalidArgumentError(
             f"solver has the tasks {given.tasks}, but this balancer has {tuple(tasks)}"
         )
     return given
+
+
+def _is_function_of_gramian(given: GramianBalancer) -> bool:
+    """Return whether `solve_for` is all that the method adds: others remember what it alone would not move."""
+    kind = type(given)
+    own_steps = (kind.weigh, kind._solve_present, kind._read)
+    return own_steps == (GramianBalancer.weigh, GramianBalancer._solve_present, GramianBalancer._read)

@@ -22,6 +22,14 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def in_float32(weights: Array) -> Array:
+    """Return weights that stay finite in float32, as they are kept: one over a norm of 1e-40 would not."""
+    return np.clip(weights, -_LARGEST, _LARGEST)
+
+
 class GramianBalancer(GradientBalancer):
     """Base of balancers whose weights w make Σ w_k·g_k, and depend on the task gradients only through G = JJᵀ.
 
@@ -36,7 +44,7 @@ class GramianBalancer(GradientBalancer):
         update_every, delivery, sync, process_group: see ``GradientBalancer``.
 
     Zero gradients: a task that does not pull at the shared tensors is left out of the problem and gets the mean
-    of the other weights, which only its head sees.
+    of the other weights, which only its head sees; the weights then sum to more by that.
     Absent tasks: the problem is solved for the present ones; a single one has weight 1.
 
     State: ``solved_weights`` (K,), those of the last measurement, ``solved_present``, and the base's.
@@ -93,7 +101,7 @@ class GramianBalancer(GradientBalancer):
                 raise BalancerError(
                     f"{self.get_name()} found no finite weights for the Gramian\n{signals.gramian_KK.cpu().numpy()}"
                 )
-            solved_K = torch.from_numpy(weights).to(self.solved_weights)
+            solved_K = torch.from_numpy(in_float32(weights)).to(self.solved_weights)
             self.solved_present.copy_(signals.present_K)
             self.solved_weights.copy_(torch.where(signals.present_K, solved_K, self.solved_weights))
             norms_K = signals.gramian_KK.diagonal().sqrt().to(self.grad_norms)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from mtlbalance import CAGradLoss, CRMOGMLoss, GradVacLoss, MGDALoss, MoDoLoss, PCGradLoss
+from mtlbalance import (
+    CAGradLoss,
+    ConFIGLoss,
+    CRMOGMLoss,
+    GradVacLoss,
+    MGDALoss,
+    MoDoLoss,
+    PCDLoss,
+    PCGradLoss,
+)
 from mtlbalance.balancers.cr_mogm import SOLVERS
 from mtlbalance.errors import BalancerError
 from mtlbalance.plugins.manager import load_plugins
@@ -137,6 +147,7 @@ def test_a_method_with_options_is_given_as_itself():
         ({"solver": "mgdaa"}, "did you mean 'mgda'"),
         ({"solver": MGDALoss(("a", "x"))}, r"solver has the tasks \('a', 'x'\)"),
         ({"solver": MoDoLoss(TASKS)}, r"solver cannot be MoDo\(one batch\)"),
+        ({"solver": PCDLoss(TASKS)}, "solver cannot be PCD: its weights depend on more"),
         ({"alpha": 1.1}, "alpha must be in"),
     ],
 )
@@ -148,3 +159,23 @@ def test_arguments_are_checked(options, says):
 def test_a_config_may_name_every_method():
     config = load_plugins(entry_points=False).get("balancer", "cr-mogm").config
     assert get_args(config.model_fields["solver"].annotation) == tuple(SOLVERS)
+
+
+def test_a_method_without_task_weights_has_none_smoothed_either():
+    """Its coefficients are averaged, but are no task weights: NaN in every read-out, the plain sum for a value."""
+    balancer = CRMOGMLoss(TASKS, solver=ConFIGLoss(TASKS), alpha=0.5)
+    for jacobian in jacobians(2):
+        call(balancer, jacobian)
+    assert all(math.isnan(weight) for weight in balancer.get_weights().values())
+    assert balancer.delivers == "combination"
+    assert balancer.eval()(*torch.tensor([1.0, 2.0, 4.0])).item() == 7.0
+
+
+def test_the_report_tells_found_from_smoothed_weights():
+    balancer = CRMOGMLoss(TASKS, alpha=0.75)
+    first, second = (MGDALoss(TASKS).solve(j @ j.T, np.ones(3)) for j in jacobians(2))
+    for jacobian in jacobians(2):
+        call(balancer, jacobian)
+    report = balancer.report()
+    np.testing.assert_allclose(list(report["raw"].values()), second, atol=1e-5)
+    np.testing.assert_allclose(list(report["smoothed"].values()), 0.75 * first + 0.25 * second, atol=1e-5)
