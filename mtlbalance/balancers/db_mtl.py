@@ -67,7 +67,7 @@ class DBMTLLoss(TrackingBalancer):
     method: ClassVar[str] = "DB-MTL"
     weight_sum: ClassVar[WeightSum] = "free"
     unusable: ClassVar[str] = (
-        "a loss or a task gradient was NaN or infinite, or a loss was outside the log's domain"
+        "a loss or a task gradient was NaN or infinite, or a loss was outside the domain where logs have finite slopes"
     )
     free_alone: ClassVar[bool] = True
     needs_positive_losses: ClassVar[bool] = True
@@ -93,7 +93,7 @@ class DBMTLLoss(TrackingBalancer):
 
     def usable(self, signals: Signals) -> Tensor:
         """Return whether all is finite, and the losses are positive."""
-        return signals.finite & ((signals.losses_K > 0) | ~signals.present_K).all()
+        return super().usable(signals) & ((signals.losses_K > 0) | ~signals.present_K).all()
 
     def scales(self, signals: Signals) -> Tensor:
         """Return 1/L_k, and 1 where that is not to be used."""
@@ -120,7 +120,9 @@ class DBMTLLoss(TrackingBalancer):
             norms_K = call.ranks.sum(norms_K) / call.ranks.size
         ones_K = torch.ones_like(norms_K)
         coefficients_K = torch.where(norms_K > 0, norms_K.max() / norms_K, ones_K) * present_K
+        coefficients_K = coefficients_K.clamp(max=torch.finfo(coefficients_K.dtype).max)
         weights_K = (coefficients_K * self.scales(signals)).to(self.task_weights)
+        weights_K = weights_K.clamp(max=torch.finfo(weights_K.dtype).max)
         moves_K = present_K & signals.finite
         self.task_weights.copy_(torch.where(moves_K, weights_K, self.task_weights))
         return coefficients_K

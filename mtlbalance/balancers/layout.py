@@ -53,7 +53,8 @@ class Layout:
 
     def unflatten(self, flat_P: Tensor) -> list[Tensor]:
         """Return the vector as gradients of ``self.tensors``, each on its tensor's device."""
+        # Complex parts are copied: behind an odd count of real numbers, a view of them would not be aligned.
         return [
-            (torch.view_as_complex(part) if tensor.is_complex() else part).to(tensor.device)
+            (torch.view_as_complex(part.clone()) if tensor.is_complex() else part).to(tensor.device)
             for tensor, part in zip(self.tensors, self.split(flat_P), strict=True)
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +24,9 @@ class PerParameter(GradientBalancer):
     per_parameter: ClassVar[str]
     needs_parameters: ClassVar[bool] = True
 
+    _parameters_seen: Sequence[weakref.ref[Tensor]] = ()
+    _shapes_seen: Sequence[torch.Size] = ()
+
     def _shared(self, call: Call) -> list[Tensor]:
         shared = super()._shared(call)
         if not all(tensor.is_leaf for tensor in shared):
@@ -35,13 +40,44 @@ class PerParameter(GradientBalancer):
                 f"{self.get_name()} has state for {kept} shared numbers, but shared_params holds {size}; pass the same "
                 "parameters in every call"
             )
+        self._check_same(shared)
         return shared
 
+    def _check_same(self, shared: list[Tensor]) -> None:
+        """Raise where as many numbers are of other parameters: one layer frozen, another of its size not any more.
+
+        Copies of all of them, as in a model that was loaded anew, pass if their shapes are the same.
+        """
+        known = [reference() for reference in self._parameters_seen]
+        shapes = [tensor.shape for tensor in shared]
+        now, before = (
+            [id(tensor) for tensor in shared],
+            [id(tensor) for tensor in known if tensor is not None],
+        )
+        if (
+            self._parameters_seen
+            and now != before
+            and (set(now) & set(before) or shapes != self._shapes_seen)
+        ):
+            raise SharedParametersError(
+                f"{self.get_name()} has state for every shared parameter, but shared_params now holds others, or in "
+                "another order, though as many numbers; pass the same parameters in every call"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what refers to the model's parameters out of copies and pickles."""
+        return super().__getstate__() | {"_parameters_seen": [], "_shapes_seen": []}
+
     def size_state(self, layout: Layout) -> None:
-        """Make the buffer as wide as ``layout``, in a first call that nothing stands against any more."""
+        """Make the buffer as wide as ``layout`` in a first call, and tie it to these parameters.
+
+        To be called in every call that moves the state, once nothing stands against that any more.
+        """
         if getattr(self, self.per_parameter).shape[1] == 0:
             size = (len(self.tasks), layout.size)
             setattr(self, self.per_parameter, torch.zeros(size, dtype=layout.dtype, device=layout.device))
+        self._parameters_seen = [weakref.ref(tensor) for tensor in layout.tensors]
+        self._shapes_seen = [tensor.shape for tensor in layout.tensors]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + self.per_parameter)

@@ -26,6 +26,7 @@ class TrackingBalancer(PerParameter, JacobianBalancer):
     """
 
     per_parameter: ClassVar[str] = "tracked"
+    unusable: ClassVar[str] = "a loss or a task gradient was NaN or infinite, or too large once it was scaled"
     extra_memory: ClassVar[str] = "2·K + 3, K of them kept"
 
     tracked: Tensor
@@ -35,6 +36,13 @@ class TrackingBalancer(PerParameter, JacobianBalancer):
         super().__init__(tasks, sync=sync, process_group=process_group)
         self.register_buffer("tracked", torch.zeros(len(self.tasks), 0))
         self.register_buffer("tracked_calls", torch.zeros(len(self.tasks)))
+
+    def usable(self, signals: Signals) -> Tensor:
+        """Return whether all is finite, also what would be tracked: a loss of 1e-40 has no inverse in float32."""
+        scales_K = self.scales(signals)
+        norms_K = torch.ones_like(scales_K) if signals.grad_norms_K is None else signals.grad_norms_K
+        fits_K = torch.isfinite(scales_K) & torch.isfinite(scales_K * norms_K)
+        return signals.finite & (fits_K | ~signals.present_K).all()
 
     @abstractmethod
     def scales(self, signals: Signals) -> Tensor:

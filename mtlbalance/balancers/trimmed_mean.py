@@ -75,20 +75,27 @@ class TrimmedMeanLoss(JacobianBalancer):
 
     def combination(self, call: Call, layout: Layout) -> Combination:
         """Return the extremes and the sum of the rest."""
-        present: Collection[int] = call.losses
-        if call.ranks is not None:
-            present = {task for task, here in enumerate(call.signals.present_K.tolist()) if here}
-        trim = math.floor(self.trim_fraction * len(present) + 1e-9)  # 0.29 of 100 is 29
-        return _Trimmed(present, trim, layout)
+        own: Collection[int] = call.losses
+        if call.ranks is None:
+            return self._trimmed(own, len(own), layout)
+        anywhere = {task for task, here in enumerate(call.signals.present_K.tolist()) if here}
+        combined = anywhere if self.sync == "gradients" else own
+        return self._trimmed(combined, len(anywhere), layout)
+
+    def _trimmed(self, combined: Collection[int], present: int, layout: Layout) -> Combination:
+        trim = math.floor(self.trim_fraction * len(combined) + 1e-9)  # 0.29 of 100 is 29
+        return _Trimmed(combined, present, trim, layout)
 
 
 class _Trimmed(Combination):
     """The ``trim`` largest and smallest gradients so far in each element, and the sum of the others.
 
-    The sum never holds what is dropped, so that an outlier of 1e15 takes no digit off the rest.
+    ``combined`` are the tasks that it gets, of ``present`` over all ranks: a rank that combines its own alone has that
+    share in the mean. The sum never holds what is dropped, so that an outlier of 1e15 takes no digit off the rest.
     """
 
-    def __init__(self, present: Collection[int], trim: int, layout: Layout) -> None:
+    def __init__(self, combined: Collection[int], present: int, trim: int, layout: Layout) -> None:
+        self._combined = combined
         self._present = present
         self._trim = trim
         self._largest: list[Tensor] = []  # falling, in each element
@@ -96,7 +103,7 @@ class _Trimmed(Combination):
         self._rest = layout.zeros()
 
     def add(self, task: int, gradient_P: Tensor) -> None:
-        if task not in self._present:
+        if task not in self._combined:
             return
         passed_on = gradient_P
         for kept, first, second in (
@@ -112,7 +119,10 @@ class _Trimmed(Combination):
 
     def combine(self, signals: Signals) -> Tensor:
         """Return the mean of the rest, or the plain sum where something is not finite."""
-        mean_P = self._rest / (len(self._present) - 2 * self._trim)
+        count = len(self._combined)
+        mean_P = self._rest / max(count - 2 * self._trim, 1)
+        if count < self._present:
+            mean_P *= count / self._present
         for extreme_P in (*self._largest, *self._smallest):
             self._rest += extreme_P
         return torch.where(signals.finite, mean_P, self._rest)

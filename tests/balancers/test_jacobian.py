@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -11,8 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mtlbalance import ConFIGLoss, DBMTLLoss, GradDropLoss, MoCoLoss, PCGradLoss, TrimmedMeanLoss
+from mtlbalance import (
+    ConFIGLoss,
+    DBMTLLoss,
+    ExcessMTLLoss,
+    GradDropLoss,
+    MoCoLoss,
+    PCGradLoss,
+    TrimmedMeanLoss,
+)
+from mtlbalance.balancers.layout import Layout
 from mtlbalance.balancers.moco import project_to_simplex
+from mtlbalance.balancers.signals import Signals
 from mtlbalance.errors import BalancerError, NonFiniteWarning, SharedParametersError
 
 JACOBIAN = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -214,7 +225,7 @@ def test_config_makes_the_same_angle_with_every_gradient(seed, count, extra, nea
     gramian = jacobian @ jacobian.T
     weights = ConFIGLoss(names(count)).solve(gramian, np.ones(count))
     found = cosines(jacobian, weights @ jacobian)
-    np.testing.assert_allclose(found, found[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, found[0], rtol=1e-4, atol=2e-4)  # what the rank cut costs, next to it
     assert found.min() > -1e-6
 
 
@@ -504,6 +515,73 @@ def test_sparse_and_complex_parameters(cls, kind):
         return torch.view_as_real(weight.grad) if weight.is_complex() else weight.grad
 
     torch.testing.assert_close(run(True), run(False))
+
+
+@pytest.mark.parametrize("cls", COMBINING)
+def test_complex_parameters_behind_an_odd_count_of_real_ones(cls):
+    """In one flat vector their numbers start where no complex view can."""
+    real = torch.ones(3, requires_grad=True)
+    complex_ = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    losses = [1.0 + real.sum() + k * torch.view_as_real(complex_)[:, 0].sum() for k in (1.0, 2.0)]
+    cls(names(2))(*losses, shared_params=[real, complex_]).backward()
+    assert (complex_.grad.real > 0).all()
+    assert (complex_.grad.imag == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "loss", "gradient"),
+    [
+        (DBMTLLoss, {}, 1e-40, 1.0),  # no inverse in float32
+        (DBMTLLoss, {}, 1e-30, 1e15),  # no such logarithm's gradient
+        (MoCoLoss, {"normalise": True}, 1e25, 1e-18),
+    ],
+)
+def test_what_is_too_large_once_scaled_is_not_remembered(cls, options, loss, gradient):
+    balancer, good = cls(names(2), **options), torch.eye(2, dtype=torch.float32)
+    call(balancer, good, losses=[1.0, 1.0], dtype=torch.float32)
+    kept = {name: value.clone() for name, value in balancer.state_dict().items()}
+    with pytest.warns(NonFiniteWarning, match="too large|finite slopes"):
+        found = call(balancer, [[gradient, 0.0], [0.0, 1.0]], losses=[loss, 1.0], dtype=torch.float32)
+    assert np.isfinite(found).all()
+    assert balancer.num_nonfinite == 1
+    for name in ("tracked", "tracked_calls", "task_weights"):
+        assert torch.equal(kept[name], getattr(balancer, name))
+
+
+def test_config_stays_finite_for_a_gradient_of_almost_nothing():
+    """Its coefficient, one over the norm, is outside float32."""
+    balancer = ConFIGLoss(names(2))
+    assert np.isfinite(call(balancer, [[1e-40, 0.0], [0.0, 1.0]], dtype=torch.float32)).all()
+    assert torch.isfinite(balancer.solved_weights).all()
+
+
+@pytest.mark.parametrize("cls", [*TRACKING, ExcessMTLLoss])
+def test_state_is_not_carried_over_to_other_parameters_of_the_same_size(cls):
+    """One layer frozen and another of its size unfrozen, or the same ones in another order."""
+    first, second, third = (torch.ones(2, requires_grad=True) for _ in range(3))
+
+    def balance(*shared: torch.Tensor) -> None:
+        losses = [1.0 + sum((k * tensor).sum() for tensor in shared) for k in (1.0, 2.0)]
+        balancer(*losses, shared_params=shared).backward()
+
+    balancer = cls(names(2))
+    balance(first, second)
+    for others in ((first, third), (second, first)):
+        with pytest.raises(SharedParametersError, match="holds others, or in another order"):
+            balance(*others)
+    balance(first, second)
+    balancer = copy.deepcopy(balancer)
+    balance(*(torch.ones(2, requires_grad=True) for _ in range(2)))
+
+
+def test_a_rank_trims_its_own_gradients_by_its_own_count():
+    """With sync="norms" a rank without some tasks gives the mean of those that it has, by their share."""
+    layout = Layout([torch.zeros(1)], torch.device("cpu"))
+    tasks = TrimmedMeanLoss(names(4), sync="norms")._trimmed({0, 1}, 4, layout)
+    for task, gradient in ((0, 2.0), (1, 6.0)):
+        tasks.add(task, torch.tensor([gradient]))
+    signals = Signals(torch.ones(4), torch.ones(4, dtype=torch.bool), None, torch.tensor(True))
+    assert tasks.combine(signals).item() == 2.0  # 4, the mean of half of the tasks
 
 
 @pytest.mark.parametrize("cls", [*COMBINING, ConFIGLoss])
