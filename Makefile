@@ -18,12 +18,15 @@ TEST_WORKERS ?= 2
 TEST_ENV     := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST_ARGS  ?=
 
+# For example `make torture TORTURE_ARGS='--seed 5 --kills 1000'`.
+TORTURE_ARGS ?=
+
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal examples/recipes benchmarks docs \
           plugins/mtlbalance-ray/mtlbalance_ray plugins/mtlbalance-submitit/mtlbalance_submitit
 
-.PHONY: help run test test-plugins lint bench clean
+.PHONY: help run test test-plugins lint torture bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -48,6 +51,9 @@ lint: $(VENV)/.installed-dev  ## ruff and strict mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	MYPYPATH=examples/cmapss:plugins/mtlbalance-ray:plugins/mtlbalance-submitit $(VENV)/bin/mypy $(TYPED)
+
+torture: $(VENV)/.installed-dev  ## kill, stop, damage, race and starve real runs: the long form of tests/torture
+	$(TEST_ENV) $(PYTHON) tests/torture/torture.py --json runs/torture.json $(TORTURE_ARGS)
 
 bench: $(VENV)/.installed  ## what a step and an import cost, as ratios
 	$(PYTHON) benchmarks/balancer_step.py --out runs/benchmarks/balancer_step.json
