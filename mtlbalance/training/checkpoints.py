@@ -178,6 +178,7 @@ class Checkpoints:
             )
         except (
             OSError,
+            EOFError,
             ValueError,
             LookupError,
             TypeError,

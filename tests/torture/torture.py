@@ -31,6 +31,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # no threads before a fork
 
 from mtlbalance.cli.main import run_cli
+from mtlbalance.cli.stops import leave_at_once
 
 for name in ("mtlbalance.cli.app", "mtlbalance.training", "torch._dynamo", "torch._inductor"):
     importlib.import_module(name)  # all that a run imports sooner or later
@@ -58,7 +59,7 @@ VARIANTS = {
     "famo": ["balancer.name=famo", "training.checkpoint_minutes=0.001"],
     "upgrad": ["balancer.name=upgrad"],
 }
-KNOWN_ERRORS = {1: "error: ", 2: "error: ", 75: "pre-empted", 130: "interrupted"}
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
@@ -89,8 +90,11 @@ class Run:
 
     def start(self, *, file_size: int | None = None) -> int:
         """Start a process on the folder; return its id."""
+        # A process that is just forked is not the command yet: it gets no signal before it has the command's handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             return pid
         try:
             log = os.open(self.stderr, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -98,15 +102,11 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             if file_size is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-            sys.argv = [
-                "mtlbalance",
-                "run",
-                str(self.config),
-                *self.overrides,
-                "--out",
-                str(self.folder),
-                "--quiet",
-            ]
+            command = ["run", str(self.config), *self.overrides, "--out", str(self.folder), "--quiet"]
+            sys.argv = ["mtlbalance", *command]
+            for signum in STOPS:
+                signal.signal(signum, leave_at_once)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             run_cli()
         except SystemExit as leave:
             sys.stderr.flush()
