@@ -16,6 +16,8 @@ from mtlbalance.balancers.probe_scale import half_scale
 from mtlbalance.balancers.shared import list_shared, unrelated_shared
 from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
+_GRAM_CHUNK = 2**20  # numbers a task copied to float64 at a time, so that no layer is held twice
+
 Gradients = list[Tensor | None]  # one a tensor that was differentiated; None where the loss does not reach it
 
 _PRODUCT_NUMBERS = 2**22  # multiplied at a time
@@ -95,13 +97,17 @@ def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
     with torch.autocast(device.type, enabled=False):  # a product of gradients must not lose precision
         for position in range(width):
             column = [row[position] if row else None for row in rows]
-            found = [gradient for gradient in column if gradient is not None]
-            if not found:
+            flat = [None if g is None else real_parts(g.to_dense()).reshape(-1) for g in column]
+            found = next((gradient for gradient in flat if gradient is not None), None)
+            if found is None:
                 continue
-            dense = [None if g is None else real_parts(g.to_dense()).reshape(-1).to(dtype) for g in column]
-            zero = torch.zeros_like(next(g for g in dense if g is not None))
-            stacked = torch.stack([zero if g is None else g for g in dense])
-            total = total + (stacked @ stacked.T).to(device)
+            for start in range(0, found.numel(), _GRAM_CHUNK):
+                width_here = min(_GRAM_CHUNK, found.numel() - start)
+                rows_KC = torch.zeros(count, width_here, dtype=dtype, device=found.device)
+                for row_C, gradient in zip(rows_KC, flat, strict=True):
+                    if gradient is not None:
+                        row_C.copy_(gradient[start : start + width_here])
+                total = total + (rows_KC @ rows_KC.T).to(device)
     return total
 
 
