@@ -4,7 +4,8 @@ python benchmarks/agreement.py
 
 Prints, for each registered method, the worst relative error in float32 of the delivered gradients of two and three
 ranks to those of one process on the whole batch; and, for random Jacobians of K = 2 to 10 tasks in float64, the worst
-relative error to torchjd's combination (MGDA: of the length that it minimises; PCGrad, whose order is drawn: K = 2).
+relative error to torchjd's combination
+(MGDA: of the length that it minimises; PCGrad and GradVac, whose order is drawn: K = 2).
 Needs torchjd (of the development dependencies), and for CAGrad and Nash-MTL its extra `full`.
 """
 
@@ -112,24 +113,25 @@ def rank_errors(world: int) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------ torchjd
-def peers() -> dict[str, Callable[[], aggregation.Aggregator]]:
-    """Return torchjd's aggregator of the same rule by method, its Gramian regularisation turned down."""
+def peers() -> dict[str, Callable[[int], aggregation.Aggregator]]:
+    """Return torchjd's aggregator of the same rule for K tasks, its Gramian regularisation turned down."""
 
     def projector() -> QuadprogProjector:
         return QuadprogProjector(norm_eps=0.0, reg_eps=1e-10)
 
-    solved: dict[str, Callable[[], aggregation.Aggregator]] = {}
+    solved: dict[str, Callable[[int], aggregation.Aggregator]] = {}
     if find_spec("cvxpy") and find_spec("clarabel"):
-        solved["cagrad"] = lambda: aggregation.CAGrad(c=0.5, norm_eps=0.0)
+        solved["cagrad"] = lambda _: aggregation.CAGrad(c=0.5, norm_eps=0.0)
     return solved | {
-        "imtl-g": aggregation.IMTLG,
-        "aligned-mtl": aggregation.AlignedMTL,
-        "upgrad": lambda: aggregation.UPGrad(projector=projector()),
-        "dualproj": lambda: aggregation.DualProj(projector=projector()),
-        "pcgrad": aggregation.PCGrad,
-        "mgda": lambda: aggregation.MGDA(max_iters=20_000, epsilon=1e-9),
-        "config": aggregation.ConFIG,
-        "trimmed-mean": lambda: aggregation.TrimmedMean(trim_number=0),
+        "imtl-g": lambda _: aggregation.IMTLG(),
+        "aligned-mtl": lambda _: aggregation.AlignedMTL(),
+        "upgrad": lambda _: aggregation.UPGrad(projector=projector()),
+        "dualproj": lambda _: aggregation.DualProj(projector=projector()),
+        "pcgrad": lambda _: aggregation.PCGrad(),
+        "gradvac": lambda _: aggregation.GradVac(),
+        "mgda": lambda _: aggregation.MGDA(max_iters=20_000, epsilon=1e-9),
+        "config": lambda _: aggregation.ConFIG(),
+        "trimmed-mean": lambda count: aggregation.TrimmedMean(trim_number=count // 4),
     }
 
 
@@ -142,15 +144,15 @@ def combination(method: str, jacobian: np.ndarray) -> np.ndarray:
     return theta.grad.numpy()
 
 
-def torchjd_error(method: str, peer: Callable[[], aggregation.Aggregator]) -> float:
+def torchjd_error(method: str, peer: Callable[[int], aggregation.Aggregator]) -> float:
     """Return the worst relative error to torchjd over random Jacobians."""
     worst = 0.0
-    for count in range(2, 3 if method == "pcgrad" else 11):
+    for count in range(2, 3 if method in ("pcgrad", "gradvac") else 11):
         for seed in range(5):
             generator = np.random.default_rng(100 * count + seed)
             jacobian = generator.normal(size=(count, count + 3))
             jacobian *= 10.0 ** generator.uniform(-0.3, 0.3, size=(count, 1))
-            theirs = peer()(torch.from_numpy(jacobian)).numpy()
+            theirs = peer(count)(torch.from_numpy(jacobian)).numpy()
             ours, size = combination(method, jacobian), np.linalg.norm(theirs)
             apart = np.linalg.norm(ours) - size if method == "mgda" else np.linalg.norm(ours - theirs)
             worst = max(worst, float(abs(apart) / size))
