@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from mtlbalance.errors import SharedParametersError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import make_balancer
@@ -70,6 +75,7 @@ def scenarios() -> dict[str, dict]:
         "no task on rank 1": {"empty": "abc"},
         "no task, features": {"empty": "abc", "features": True},
         "hooks": {"hooks": True},
+        "sharded, features": {"features": True, "sharded": True},
         "norms": {"sync": "norms"},
         "none": {"sync": "none"},
         "non-finite on rank 1": {"bad": True},
@@ -80,6 +86,22 @@ def scenarios() -> dict[str, dict]:
     }
 
 
+IN_THREES = {  # where an odd rank out of three may differ from one out of two
+    "parameters",
+    "features",
+    "absent on rank 1",
+    "empty on rank 1",
+    "no task, features",
+    "norms",
+    "non-finite on rank 1",
+}
+
+
+def runs_in(world: int, name: str) -> bool:
+    """Return whether a scenario is run by so many ranks: all of them by two, as processes take turns on few cores."""
+    return world == 2 or name in IN_THREES
+
+
 def train(
     method: str, scenario: dict, rank: int, world: int, steps_inputs: Tensor, steps_targets: dict
 ) -> dict:
@@ -87,10 +109,14 @@ def train(
     core = Model()
     distributed = dist.is_initialized()
     missing, empty = scenario.get("missing", ""), scenario.get("empty", "")
-    model = DistributedDataParallel(core, find_unused_parameters=bool(missing)) if distributed else core
+    model = core
+    if distributed and scenario.get("sharded"):
+        model = shard(core)
+    elif distributed:
+        model = DistributedDataParallel(core, find_unused_parameters=bool(missing))
     options = {key: scenario[key] for key in ("delivery", "sync") if key in scenario}
     balancer = make_balancer(method, TASKS, warmup_steps=1, beta=0.5, gamma=0.001, max_weight=1.0, **options)
-    optimizer = torch.optim.SGD([*core.parameters(), *balancer.parameters()], lr=0.05)
+    optimizer = torch.optim.SGD([*core.parameters(), *balancer.parameters()], lr=0.05, foreach=False)
     if scenario.get("hooks"):
         for parameter in core.parameters():
             parameter.register_hook(lambda gradient: 0.5 * gradient)
@@ -139,9 +165,40 @@ def train(
     return {
         "weights": weights,
         "following": following,  # what the state after each step gives
-        "parameters": [parameter.detach().clone() for parameter in learned],
+        "parameters": [whole(parameter.detach()).clone() for parameter in learned],
         "nonfinite": balancer.num_nonfinite,
     }
+
+
+def shard(model: Model) -> nn.Module:
+    """FSDP2 as it is used: each part by itself, then the whole."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (model.trunk, *model.heads.values(), model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+def whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def refusals(method: str, rank: int, steps_inputs: Tensor, steps_targets: dict) -> dict[str, str]:
+    """Where sharded parameters are given, by argument -> the error that they raise, or an empty string."""
+    model = shard(Model())
+    share = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
+    targets = {task: target[0, share] for task, target in steps_targets.items()}
+    said = {}
+    for name, argument in (("shared_params", model.trunk.parameters()), ("model", model)):
+        balancer = make_balancer(method, TASKS)
+        losses = per_sample(model(steps_inputs[0, share], TASKS), targets)
+        try:
+            balancer(losses, targets=targets, **{name: argument}).backward()
+        except SharedParametersError as error:
+            said[name] = str(error)
+        else:
+            said[name] = ""
+            assert all(parameter.grad is not None for parameter in model.parameters())
+    return said
 
 
 def main() -> None:
@@ -157,11 +214,13 @@ def main() -> None:
         for name, scenario in scenarios().items():
             if scenario.get("features") and make_balancer(method).needs_parameters:
                 continue
-            if scenario.get("update") and method != "famo":
+            if not runs_in(world, name) or (scenario.get("update") and method != "famo"):
                 continue
             if scenario.get("observe") and method not in ("sdmgrad", "modo"):
                 continue
             results[f"{method}/{name}"] = train(method, scenario, rank, world, inputs, targets)
+        if world == 2:
+            results[f"{method}/sharded"] = refusals(method, rank, inputs, targets)
     torch.save(results, out / f"rank{rank}.pt")
     gc.collect()  # a wrapper that outlives its process group may abort the process at its end
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from reference_loop import amp_loop
 from torch import nn
 
 from mtlbalance.errors import NonFiniteWarning
@@ -178,3 +179,24 @@ def test_a_head_that_overflows_where_the_trunk_does_not(method, make, problem, d
     assert sum(lost) <= 4
     assert not any(lost[-4:])
     assert balancer.num_nonfinite <= 4
+
+
+SITUATIONS = [
+    pytest.param(torch.bfloat16, 1.0, marks=pytest.mark.situation("bf16 autocast"), id="bf16"),
+    pytest.param(torch.float16, 1.0, marks=pytest.mark.situation("fp16 + GradScaler"), id="fp16"),
+    *(
+        pytest.param(
+            torch.float16, scale, marks=pytest.mark.situation("loss scale 1e-6 … 1e6"), id=f"fp16-{scale:g}"
+        )
+        for scale in (1e-6, 1e6)
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SITUATIONS)
+def test_a_loop_in_mixed_precision_goes_the_way_of_float64(method, make, problem, dtype, scale):
+    balancer, twin = (make(method, TASKS, warmup_steps=1, beta=0.5, max_weight=1.0) for _ in range(2))
+    distance, skips = amp_loop(balancer, twin, problem(TASKS), dtype, scale)
+    assert distance < (0.01 if dtype == torch.bfloat16 else 0.002)
+    assert skips == 0 or scale >= 1.0
+    assert skips == balancer.num_nonfinite or balancer.num_nonfinite == 0

@@ -8,58 +8,64 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtlbalance import GABALoss
+from mtlbalance.balancers.gradient_balancer import GradientBalancer
 from mtlbalance.errors import NonFiniteWarning, SharedParametersError
 from mtlbalance.plugins.manager import load_plugins
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 WORKER = Path(__file__).with_name("ranks_worker.py")
 BALANCERS = load_plugins(entry_points=False).names("balancer")
-pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(scope="module")
 def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ranks_worker", WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_worker()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def runs(request, tmp_path_factory) -> tuple[int, list[dict]]:
-    world: int = request.param
-    folder = tmp_path_factory.mktemp(f"ranks{world}")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory, testrun_uid) -> Callable[[int], list[dict]]:
+    """Run the worker in so many processes, once, whichever of pytest's own processes asks first."""
+    folder = tmp_path_factory.getbasetemp().parent / f"ranks-{testrun_uid}"
+
+    @cache
+    def results(world: int) -> list[dict]:
+        place = folder / str(world)
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / "lock"):
+            if not (place / "done").exists():
+                run(world, place)
+                (place / "done").touch()
+        return [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+    return results
+
+
+def run(world: int, folder: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(WORKER)]
+    rest = [str(world), str(folder / "store"), str(folder), ",".join(BALANCERS)]
     processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                str(WORKER),
-                str(rank),
-                str(world),
-                str(folder / "store"),
-                str(folder),
-                ",".join(BALANCERS),
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen([*command, str(rank), *rest], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         for rank in range(world)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]  # a hang ends after a minute
     assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
-    return world, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(params=[2, 3])
+def runs(request, launch) -> tuple[int, list[dict]]:
+    return request.param, launch(request.param)
 
 
 def reference(worker: ModuleType, method: str, name: str, world: int) -> dict:
@@ -67,15 +73,26 @@ def reference(worker: ModuleType, method: str, name: str, world: int) -> dict:
     return worker.train(method, worker.scenarios()[name], 0, 1, inputs, targets)
 
 
+def load_worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ranks_worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def situations(**scenarios_of: list[str]):
-    """Parametrise by scenario, each with the situation of docs/compatibility.md that it belongs to."""
+    """Parametrise by ranks and scenario, each with the situation of docs/compatibility.md that it belongs to."""
+    worker = load_worker()
     return pytest.mark.parametrize(
-        "name",
+        ("runs", "name"),
         [
-            pytest.param(scenario, marks=pytest.mark.situation(situation))
+            pytest.param(world, scenario, marks=pytest.mark.situation(situation))
             for situation, scenarios in scenarios_of.items()
             for scenario in scenarios
+            for world in (2, 3)
+            if worker.runs_in(world, scenario)
         ],
+        indirect=["runs"],
     )
 
 
@@ -110,6 +127,7 @@ def test_ranks_equal_one_process(method, weightless, runs, worker, name):
         "features, N ranks": ["features"],
         "task absent on a rank": ["absent, features", "empty, features"],
         "no task on a rank": ["no task, features"],
+        "FSDP2, features": ["sharded, features"],
     }
 )
 def test_features_equal_one_process(method, weightless, make, runs, worker, name):
@@ -120,6 +138,25 @@ def test_features_equal_one_process(method, weightless, make, runs, worker, name
     assert_equal(ranks, f"{method}/{name}", reference(worker, method, name, world), weightless=weightless)
 
 
+@pytest.mark.situation("FSDP2, parameters")
+@pytest.mark.parametrize("runs", [2], indirect=True)
+def test_sharded_parameters_are_refused_with_the_way_out(method, runs, make, refuses):
+    """Methods that read no gradient do not look at them."""
+    _, ranks = runs
+    balancer = make(method)
+    for said in (rank[f"{method}/sharded"] for rank in ranks):
+        for argument in ("shared_params", "model"):
+            if isinstance(balancer, GradientBalancer):
+                assert "sharded parameters (FSDP2)" in said[argument]
+                assert "pass the shared features" in said[argument]
+                refuses(
+                    "no task gradient arrives at sharded parameters; pass the shared features as `shared_params`"
+                )
+            else:
+                assert said[argument] == ""
+
+
+@pytest.mark.parametrize("runs", [2], indirect=True)
 def test_famo_updates_from_all_ranks(runs, worker):
     world, ranks = runs
     expected = reference(worker, "famo", "update after the step", world)
@@ -180,6 +217,7 @@ def test_one_rank_that_overflows_stops_the_state_of_all(method, weightless, runs
         assert one["weights"][2] == one["following"][1]
 
 
+@pytest.mark.parametrize("runs", [2], indirect=True)
 def test_without_synchronisation_gaba_drifts_apart(runs):
     """What the other modes are for; a test that could not fail would not show it."""
     _, ranks = runs

@@ -2,103 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from reference_loop import Prescribed, Twin
+from reference_loop import OPTIONS, STEPS, TASKS, Loop
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtlbalance import GABALoss
 from mtlbalance.errors import SharedParametersError
 
-TASKS = ("a", "b", "c")
-STEPS = 4
-OPTIONS = {"warmup_steps": 1, "beta": 0.5, "max_weight": 1.0}
-
 situation = pytest.mark.situation
-
-
-class Loop:
-    """The same training twice: under the balancer, and plainly, with what the method prescribes.
-
-    Args:
-        make: builds the method.
-        method: its config name.
-        problem: what is trained; a plain copy of it is trained beside it.
-        fused: of AdamW.
-        max_norm: where gradients are clipped; None: nowhere.
-        parts: micro-batches a step.
-        options: of the balancer.
-    """
-
-    def __init__(self, make, method, problem, *, fused=False, max_norm=None, parts=1, **options) -> None:
-        self.ours, self.plain = problem, copy.deepcopy(problem)
-        self.balancer = make(method, problem.tasks, **OPTIONS | options)
-        self.twin = Twin(make(method, problem.tasks, **OPTIONS | options))
-        self.prescribed = Prescribed(self.twin, self.plain.parameters())
-        self.max_norm, self.parts = max_norm, parts
-        self.before_step: Callable[[], object] = lambda: None  # done to the plain gradients
-        self.optimizers = [
-            torch.optim.AdamW(
-                [{"params": p.parameters()}, {"params": list(b.parameters()), "weight_decay": 0.0}],
-                lr=1e-2,
-                fused=fused,
-            )
-            for p, b in ((self.ours, self.balancer), (self.plain, self.twin.balancer))
-        ]
-
-    def run(
-        self,
-        losses: Callable[[], dict[str, Tensor]] | None = None,
-        *,
-        features: bool = False,
-        shared: Callable[[object], list[Tensor]] = lambda p: list(p.trunk.parameters()),
-    ) -> None:
-        """Train both for a few steps; ``losses`` computes those under the balancer in another way."""
-        for _step in range(STEPS):
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            for _ in range(self.parts):
-                self._next_batch()
-                found = None
-                if losses is None:
-                    found = self.ours.trunk(self.ours.inputs)
-                per_sample = self.ours.per_sample(found) if losses is None else losses()
-                reads = found if features else shared(self.ours)
-                total = self.balancer(per_sample, shared_params=reads, targets=self.ours.targets)
-                (total / self.parts).backward()
-                found = self.plain.trunk(self.plain.inputs)
-                plain = [loss.mean() for loss in self.plain.per_sample(found).values()]
-                reads = [found] if features else shared(self.plain)
-                self.prescribed.accumulate(plain, reads, 1.0 / self.parts)
-            self.before_step()
-            for optimizer, p in zip(self.optimizers, (self.ours, self.plain), strict=True):
-                if self.max_norm is not None:
-                    nn.utils.clip_grad_norm_(p.parameters(), self.max_norm)
-                optimizer.step()
-            for balancer in (self.balancer, self.twin.balancer):
-                balancer.end_epoch()
-        self.assert_equal()
-
-    def assert_equal(self) -> None:
-        ours, plain = self.ours.parameters(), self.plain.parameters()
-        ours, plain = [*ours, *self.balancer.parameters()], [*plain, *self.twin.balancer.parameters()]
-        for one, other in zip(ours, plain, strict=True):
-            assert (one.grad is None) == (other.grad is None)
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-        for one, other in zip(self.ours.trunk.buffers(), self.plain.trunk.buffers(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
-        assert self.balancer.num_nonfinite == 0
-
-    def _next_batch(self) -> None:
-        inputs = torch.randn_like(self.ours.inputs)
-        targets = {task: 10.0 * torch.rand_like(target) for task, target in self.ours.targets.items()}
-        for p in (self.ours, self.plain):
-            p.inputs, p.targets = inputs, targets
 
 
 @pytest.fixture
@@ -108,7 +24,9 @@ def loop(make, method, problem) -> Callable[..., Loop]:
     ) -> Loop:
         p = problem(TASKS, trunk, dtype=torch.float64)
         prepare(p)
-        return Loop(make, method, p, **arguments)
+        options = {name: arguments.pop(name) for name in ("scale_heads",) if name in arguments}
+        balancer, twin = (make(method, TASKS, **OPTIONS | options) for _ in range(2))
+        return Loop(balancer, twin, p, **arguments)
 
     return build
 
@@ -313,6 +231,7 @@ def test_compiled_modules_that_give_up_their_buffers_are_refused_with_the_way_ou
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_a_trunk_compiled_by_inductor(make, problem, compiler):
     for method in ("gaba", "mgda"):
-        trained = Loop(make, method, problem(TASKS, dtype=torch.float64))
+        balancer, twin = (make(method, TASKS, **OPTIONS) for _ in range(2))
+        trained = Loop(balancer, twin, problem(TASKS, dtype=torch.float64))
         trained.ours.trunk = torch.compile(trained.ours.trunk)
         trained.run()
