@@ -88,6 +88,7 @@ def test_the_scale_leaves_no_trace_in_the_state(method, make, problem):
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.situation("fp16 overflow")
 def test_a_loop_with_a_grad_scaler(method, make, problem):
     """Twenty steps in float16 follow float32; an overflow is skipped by the scaler and leaves no trace."""
     p, exact = problem(TASKS), problem(TASKS)

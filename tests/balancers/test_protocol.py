@@ -24,9 +24,31 @@ def case_of(method: str) -> BalancerCase:
     return registered_balancer(registration, {key: REQUIRED[key] for key in REQUIRED if key in fields})
 
 
+SITUATIONS = {  # of docs/compatibility.md, by the checks that try them
+    "a_bad_loss_never_reaches_the_state": "NaN or Inf loss",
+    "what_is_not_finite_is_delivered": "NaN or Inf loss",
+    "bad_steps_are_counted_and_said_once": "NaN or Inf loss",
+    "a_bad_gradient_never_reaches_the_state": "NaN gradient",
+    "the_first_call_may_be_bad": "NaN in the first step",
+    "all_losses_may_be_zero": "all losses zero",
+    "losses_without_a_graph": "loss without a graph",
+    "any_number_of_tasks": "one task",
+    "a_task_without_pull_breaks_nothing": "one zero gradient",
+    "identical_tasks_are_treated_alike": "equal gradients",
+    "bfloat16_models": "bf16 parameters",
+    "state_continues_bit_for_bit": "exact resume",
+    "frozen_and_unused_parameters": "frozen and unused",
+}
 CASES = {method: case_of(method) for method in BALANCERS}
+
+
+def marks(method: str, check: Check[BalancerCase]) -> list[pytest.MarkDecorator]:
+    known = check.name in SITUATIONS
+    return [pytest.mark.situation(SITUATIONS[check.name], method=method)] if known else []
+
+
 KIT = [
-    pytest.param(case, check, id=f"{method}-{check.name}")
+    pytest.param(case, check, id=f"{method}-{check.name}", marks=marks(method, check))
     for method, case in CASES.items()
     for check in BALANCER_CHECKS
     if not check.applies(case)
@@ -41,6 +63,7 @@ def test_every_balancer_keeps_every_promise(case: BalancerCase, check: Check[Bal
 
 def test_the_registry_is_held_to_most_checks():
     """A check that applied nowhere, or a method that few applied to, would pass without looking."""
+    assert set(SITUATIONS) <= {check.name for check in BALANCER_CHECKS}
     assert len(KIT) > 0.8 * len(BALANCERS) * len(BALANCER_CHECKS)
     assert {parameters.values[1].name for parameters in KIT} == {check.name for check in BALANCER_CHECKS}
 

@@ -182,14 +182,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let reports carry method and situations, from whatever process they come."""
     known = {name for names in (*GROUPS.values(), CUDA) for name in names}
     for item in items:
-        names = [mark.args[0] for mark in item.iter_markers("situation")]
+        marks = list(item.iter_markers("situation"))
+        names = [mark.args[0] for mark in marks]
         unknown = [name for name in names if name not in known]
         if unknown:
             raise pytest.UsageError(
                 f"{item.nodeid}: no column for situation {unknown[0]!r} in {__name__}.GROUPS"
             )
-        method = getattr(item, "callspec", None) and item.callspec.params.get("method")  # type: ignore[attr-defined]
-        if names and method:
+        if names:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            method = marks[0].kwargs.get("method", parameters.get("method"))
+            if method is None:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: a situation needs a method: an argument, or method= of the mark"
+                )
             item.user_properties.extend([("method", method), *(("situation", name) for name in names)])
 
 
@@ -229,8 +235,6 @@ class Gatherer:
         missing = list(self._missing(here))
         if target:
             self._write(Path(target), here, missing)
-            return
-        if not (self.config.rootpath / PAGE).exists():
             return
         if missing:
             if self._is_whole_run(session):
