@@ -168,6 +168,7 @@ def test_famo_updates_from_all_ranks(runs, worker):
         assert found["weights"] == ranks[0]["famo/update after the step"]["weights"]
 
 
+@pytest.mark.parametrize("runs", [2], indirect=True)
 @pytest.mark.parametrize("sampling", ["sdmgrad", "modo"])
 @pytest.mark.parametrize("name", ["a pair observed", "a pair observed, empty", "one observed"])
 def test_observed_batches_are_of_all_ranks(sampling, name, runs, worker):
