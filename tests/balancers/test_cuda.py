@@ -33,26 +33,32 @@ def exact_matrix_products() -> Iterator[None]:
 
 
 @pytest.fixture
+def there(method) -> dict[str, object]:
+    """Where the balancer under test is; its twin stays on the CPU, unless draws differ between devices."""
+    return {"device": "cuda", "on_device": method == "graddrop"}
+
+
+@pytest.fixture
 def pair(make, method):
     """The balancer under test and its twin."""
     return lambda tasks=TASKS: tuple(make(method, tasks, **OPTIONS) for _ in range(2))
 
 
 @situation("equals the CPU")
-def test_a_loop_equals_the_cpu_in_float64(pair, problem):
-    Loop(*pair(), problem(TASKS, dtype=torch.float64), device="cuda").run()
+def test_a_loop_equals_the_cpu_in_float64(pair, there, problem):
+    Loop(*pair(), problem(TASKS, dtype=torch.float64), **there).run()
 
 
 @situation("equals the CPU")
-def test_features_equal_the_cpu_in_float64(pair, problem):
+def test_features_equal_the_cpu_in_float64(pair, there, problem):
     balancer, twin = pair()
     if not balancer.needs_parameters:
-        Loop(balancer, twin, problem(TASKS, dtype=torch.float64), device="cuda").run(features=True)
+        Loop(balancer, twin, problem(TASKS, dtype=torch.float64), **there).run(features=True)
 
 
 @situation("equals the CPU")
-def test_fused_adamw_in_float32(pair, problem):
-    Loop(*pair(), problem(TASKS), device="cuda", fused=True, rtol=1e-3, atol=1e-4).run()
+def test_fused_adamw_in_float32(pair, there, problem):
+    Loop(*pair(), problem(TASKS), **there, fused=True, rtol=1e-3, atol=1e-4).run()
 
 
 class RecurrentTrunk(nn.Module):
@@ -65,10 +71,10 @@ class RecurrentTrunk(nn.Module):
 
 
 @situation("cuDNN LSTM")
-def test_a_cudnn_lstm(pair, problem):
+def test_a_cudnn_lstm(pair, there, problem):
     """Its backward pass exists in cuDNN alone, once differentiable, and in training mode only."""
     assert torch.backends.cudnn.is_available()
-    Loop(*pair(), problem(TASKS, RecurrentTrunk()), device="cuda", rtol=1e-2, atol=1e-3).run()
+    Loop(*pair(), problem(TASKS, RecurrentTrunk()), **there, rtol=1e-2, atol=1e-3).run()
 
 
 @pytest.mark.parametrize(
@@ -81,9 +87,9 @@ def test_a_cudnn_lstm(pair, problem):
         ),
     ],
 )
-def test_mixed_precision(pair, problem, dtype, scale):
+def test_mixed_precision(pair, there, problem, dtype, scale):
     tasks = TASKS[:2]
-    distance, _ = amp_loop(*pair(tasks), problem(tasks), dtype, scale, device="cuda")
+    distance, _ = amp_loop(*pair(tasks), problem(tasks), dtype, scale, **there)
     assert distance < (0.02 if dtype == torch.bfloat16 else 0.005)
 
 

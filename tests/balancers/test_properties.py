@@ -11,6 +11,8 @@ from mtlbalance.balancers.fairgrad import FairGradLoss
 # How the delivered gradient grows with a common scale c of all losses: by c to this power, where it is not 1.
 LENGTHS = {
     "cosmos": None,  # the mean of the losses less a cosine, which has no scale
+    "db-mtl": 0.0,  # a function of log-losses
+    "moco": None,
     "modo": None,  # its step size is chosen against the size of the gradients
     "stch": 0.0,  # a function of log-losses
     "nash-mtl": 0.0,  # weights of G·w = 1/w
@@ -49,7 +51,7 @@ def random_jacobian(seed: int, count: int = 3, width: int = 5) -> np.ndarray:
 
 @pytest.fixture
 def new(method, make):
-    return lambda count: make(method, names(count), warmup_steps=0, beta=0.0, max_weight=1.0)
+    return lambda count: make(method, names(count), warmup_steps=0, beta=1e-9, max_weight=1.0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])

@@ -13,7 +13,9 @@ from mtlbalance.balancers.gradient_balancer import GradientBalancer
 from mtlbalance.errors import NonFiniteWarning
 
 PAIR = ("a", "b")
-OPTIONS = {"warmup_steps": 0, "beta": 0.0, "max_weight": 1.0}
+OPTIONS = {"warmup_steps": 0, "beta": 1e-9, "max_weight": 1.0}
+
+DRAWS_BY_CALL = {"graddrop"}  # its seed is the number of the call
 
 situation = pytest.mark.situation
 
@@ -35,7 +37,7 @@ def test_a_gradient_that_is_not_finite_under_finite_losses(method, make, problem
     assert balancer.num_nonfinite == int(measured)
     assert [item.category for item in caught] == [NonFiniteWarning] * int(measured)
     for weights in p.train(balancer, 3):  # warnings are errors here
-        assert all(map(math.isfinite, weights.values()))
+        assert all(map(math.isfinite, weights.values())) is balancer.has_task_weights
     assert all(parameter.isfinite().all() for parameter in p.parameters())
     assert all(value.isfinite().all() for value in balancer.parameters())
 
@@ -49,13 +51,14 @@ def test_a_state_does_not_start_from_what_is_not_finite(method, make, problem, b
     losses = p.losses()
     with pytest.warns(NonFiniteWarning):
         p.call(late, {"a": losses["a"] * bad, "b": losses["b"]})
-    if late.draws_weights and late.generator is not None:
+    fresh.calls = late.calls if method in DRAWS_BY_CALL else 0
+    if late.generator is not None and late.draws_weights:
         fresh.load_state_dict(
             copy.deepcopy(late.state_dict())
         )  # a draw in every call: the next one is another
     found, expected = p.train(late, 3), q.train(fresh, 3)
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True)
+        assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=not late.has_task_weights)
     for one, other in zip(p.parameters(), q.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -84,6 +87,8 @@ def test_a_task_that_joins_after_a_thousand_steps(method, make, problem):
     assert balancer.num_nonfinite == 0
     call(fresh, "ab")
     ours, theirs = balancer.get_weights(), fresh.get_weights()
+    if not balancer.has_task_weights:
+        return
     assert ours["b"] != 0.0 or theirs["b"] == 0.0
     if not balancer.signed_weights and theirs["b"] > 0:
         assert ours["b"] > 0.1 * theirs["b"]

@@ -81,7 +81,7 @@ def test_the_page_shows_what_the_tests_found(suite, processes):
     assert cell(page, "odd", "checkpointing").startswith("raises<sup>")
     assert cell(page, "good", "one task").startswith("—<sup>")
     assert "has no single task." in page
-    assert cell(page, "good", "cuDNN LSTM") == "not run"
+    assert "Not run yet on a machine with a GPU: equals the CPU, " in page
 
 
 def test_a_whole_run_fails_if_the_page_is_out_of_date_and_others_do_not(suite):
@@ -89,8 +89,7 @@ def test_a_whole_run_fails_if_the_page_is_out_of_date_and_others_do_not(suite):
     assert code == 1
     assert "does not show what the tests found; write it anew: pytest -m situation --compatibility" in said
     assert suite(*suite.write)[0] == 0
-    assert suite() == (0, suite()[1])
-    assert suite("-n", "2")[0] == 0
+    assert suite()[0] == 0
     suite.page.write_text(suite.page.read_text(encoding="utf-8").replace("✓", "✗", 1), encoding="utf-8")
     assert suite()[0] == 1
     assert suite("-k", "good")[0] == 0

@@ -112,10 +112,12 @@ def page(cells: Cells, cuda: Mapping[str, Any] | None) -> str:
         for method, row in (cuda or {}).get("cells", {}).items()
         for name, cell in row.items()
     }
-    where = (
-        f"Run on {cuda['device']}, torch {cuda['torch']}." if cuda else "Not run yet on a machine with a GPU."
-    )
-    parts += ["## CUDA\n", where + "\n", _table(methods, CUDA, kept, notes)]
+    parts.append("## CUDA\n")
+    if cuda:
+        parts.append(f"Run on {cuda['device']}, torch {cuda['torch']}.\n")
+        parts.append(_table(methods, CUDA, kept, notes))
+    else:
+        parts.append(f"Not run yet on a machine with a GPU: {', '.join(CUDA)}.\n")
     parts += ["## Notes\n", "\n".join(f"{number}. {text}." for number, text in enumerate(notes, 1)) + "\n"]
     return "\n".join(parts)
 
@@ -127,8 +129,9 @@ with an error that says what to do instead; — it does not apply; ✗ a test fa
 not at hand. Numbers point to the notes at the end. In loops, parameters after several steps are compared with a plain
 float64 loop that sums the method's gradients by hand; over ranks, real processes are compared with a single one.
 
-This page is written from the results of the tests (`{HOW}`), never by hand, and the test suite
-fails when it is out of date.
+This page is written from the results of the tests, never by hand, and the test suite fails when it is out of date:
+
+    {HOW}
 """
 
 

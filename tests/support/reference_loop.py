@@ -28,10 +28,14 @@ class Twin:
     """A balancer of the same method that only ever sees L_k + g_k·(θ − θ₀), at θ = θ₀.
 
     A representation stays one, with its values: some methods look at the sign of an activation, and at its batch.
+
+    Args:
+        balancer: of the same method and options as the one under test.
+        where: device and dtype of the numbers that it is given, where draws depend on them.
     """
 
-    def __init__(self, balancer: nn.Module) -> None:
-        self.balancer = balancer
+    def __init__(self, balancer: nn.Module, **where: Any) -> None:
+        self.balancer, self.where = balancer, where
 
     def combine(
         self, values: Sequence[Tensor], rows: Sequence[Row], shape_of: Sequence[Tensor], factor: float = 1.0
@@ -40,18 +44,23 @@ class Twin:
 
         Gradient and factors of heads are multiplied by ``factor``.
         """
+        there, dtype = values[0].device, values[0].dtype
+        values = [value.detach().to(**self.where) for value in values]
+        rows = [[None if g is None else g.to(**self.where) for g in row] for row in rows]
+        shape_of = [t.detach().to(**self.where) if t.is_leaf else t.to(**self.where) for t in shape_of]
         leaves = [tensor.detach().clone().requires_grad_() for tensor in shape_of]
         theta = [leaf if t.is_leaf else leaf * 1.0 for leaf, t in zip(leaves, shape_of, strict=True)]
         tasks = self.balancer.tasks
-        heads = [torch.zeros((), dtype=values[0].dtype, requires_grad=True) for _ in tasks]
+        heads = [torch.zeros_like(value, requires_grad=True) for value in values]
         losses = {}  # per sample, of one sample: a method may have sample weights of its own
         for task, value, row, head in zip(tasks, values, rows, heads, strict=True):
             terms = [(g * (x - x.detach())).sum() for g, x in zip(row, theta, strict=True) if g is not None]
-            losses[task] = torch.stack([value.detach() + head, *terms]).sum().reshape(1)
-        targets = {task: torch.zeros(1, dtype=theta[0].dtype) for task in tasks}
+            losses[task] = torch.stack([value + head, *terms]).sum().reshape(1)
+        targets = {task: torch.zeros_like(values[0]).reshape(1) for task in tasks}
         (self.balancer(losses, shared_params=theta, targets=targets) * factor).backward()
         combined = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        return combined, list(self.balancer.get_weights().values()), [head.grad for head in heads]
+        weights = list(self.balancer.get_weights().values())
+        return [g.to(there, dtype) for g in combined], weights, [head.grad.to(there, dtype) for head in heads]
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class Loop:
         fused: of AdamW.
         max_norm: where gradients are clipped; None: nowhere.
         parts: micro-batches a step.
+        on_device: whether the twin is there too, because draws differ between devices.
         rtol, atol: how far parameters may be from the plain ones.
     """
 
@@ -141,6 +151,7 @@ class Loop:
         fused: bool = False,
         max_norm: float | None = None,
         parts: int = 1,
+        on_device: bool = False,
         rtol: float = 1e-5,
         atol: float = 1e-7,
     ) -> None:
@@ -149,7 +160,8 @@ class Loop:
             module.to(device)
         self.plain.trunk.double()
         self.plain.heads.double()
-        self.balancer, self.twin = balancer, Twin(twin)
+        dtype = next(self.ours.trunk.parameters()).dtype
+        self.balancer, self.twin = balancer, Twin(twin, dtype=dtype, device=device if on_device else "cpu")
         self.prescribed = Prescribed(self.twin, self.plain.parameters())
         self.device, self.max_norm, self.parts = device, max_norm, parts
         self.tolerance = {"rtol": rtol, "atol": atol}
@@ -219,14 +231,15 @@ class Loop:
 
 
 def amp_loop(
-    balancer: Any, twin: Any, problem: Any, dtype: torch.dtype, scale: float, device: str = "cpu"
+    balancer: Any, twin: Any, problem: Any, dtype: torch.dtype, scale: float, **where: Any
 ) -> tuple[float, int]:
     """Train under autocast, in float16 with a GradScaler, beside the plain loop; return the distance and the skips.
 
     Losses are multiplied by ``scale``. Gradients are clipped to one length, far below any that occurs, so that steps
     are equally long whatever the scale; the distance is that of the two ways gone, relative to the plain one's length.
     """
-    loop = Loop(balancer, twin, problem, device=device)
+    loop = Loop(balancer, twin, problem, **where)
+    device = loop.device
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, backoff_factor=2.0**-6)
     groups = [list(p.parameters()) for p in (loop.ours, loop.plain)]
     start = torch.cat([parameter.detach().flatten().clone() for parameter in groups[1]])
