@@ -226,6 +226,33 @@ def test_without_synchronisation_gaba_drifts_apart(runs):
     assert weights[0] != weights[1]
 
 
+NOTHING_ON_RANK_1 = """
+import sys
+from datetime import timedelta
+import torch, torch.distributed as dist
+from mtlbalance import GABALoss
+rank = int(sys.argv[1])
+store, wait = f"file://{sys.argv[2]}", timedelta(seconds=20)
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=wait)
+theta = torch.ones(2, requires_grad=True)
+losses = {"a": theta.sum(), "b": theta.prod()} if rank == 0 else {}
+GABALoss(("a", "b"))(losses, shared_params=[theta])
+"""
+
+
+def test_a_rank_that_gives_nothing_ends_all_ranks_in_time_and_says_what_to_give(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", NOTHING_ON_RANK_1]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert "the other ranks wait for this one: give it empty losses" in said[1]
+
+
 def test_a_static_graph_is_refused(problem, tmp_path):
     p = problem()
     torch.distributed.init_process_group(

@@ -146,10 +146,9 @@ def _table(methods: list[str], situations: tuple[str, ...], cells: Cells, notes:
 def _shown(cell: Cell | None, notes: list[str]) -> str:
     if cell is None:
         return "not run"
-    for text in cell.notes:
-        if text not in notes:
-            notes.append(text)
-    numbers = ",".join(str(notes.index(text) + 1) for text in cell.notes)
+    own = sorted(cell.notes)  # reports of several processes come in any order
+    notes += [text for text in own if text not in notes]
+    numbers = ",".join(str(notes.index(text) + 1) for text in own)
     return f"{cell.mark}<sup>{numbers}</sup>" if numbers else cell.mark
 
 
