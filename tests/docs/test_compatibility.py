@@ -105,6 +105,7 @@ def test_a_situation_that_no_test_tries_is_named(suite):
     before = suite.page.read_text(encoding="utf-8")
     code, said = suite(*suite.write, suite=smaller)
     assert "did not write" in said
+    assert "did not write" in suite(*suite.write, "-k", "good")[1]
     assert suite.page.read_text(encoding="utf-8") == before
 
 

@@ -289,10 +289,13 @@ class Gatherer:
             }
             _beside(path).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             self.lines.append(f"wrote {_beside(path)}")
-        if missing:
-            self.lines.append(
-                f"did not write {path}: {len(missing)} results are missing, such as {missing[0]}"
+        if missing or self.config.option.keyword:
+            what = (
+                f"{len(missing)} results are missing, such as {missing[0]}"
+                if missing
+                else "-k leaves some out"
             )
+            self.lines.append(f"did not write {path}: {what}")
             return
         path.write_text(page(cells, _kept(path)), encoding="utf-8")
         self.lines.append(f"wrote {path}")
