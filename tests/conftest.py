@@ -1,6 +1,7 @@
 """What every test process starts from."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,14 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def clean_imports() -> Iterator[None]:
+    """Forget the modules that a test's plugins brought, so that tests may reuse names."""
+    modules, path = set(sys.modules), list(sys.path)
+    yield
+    for name in set(sys.modules) - modules:
+        if name.startswith("acme"):
+            del sys.modules[name]
+    sys.path[:] = path

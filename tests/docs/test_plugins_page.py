@@ -12,6 +12,7 @@ import pytest
 from mtlbalance import Balancer
 from mtlbalance.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("clean_imports")
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 
 

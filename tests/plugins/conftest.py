@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
@@ -20,14 +19,8 @@ def register_balancers():
 
 
 @pytest.fixture(autouse=True)
-def _clean_imports() -> Iterator[None]:
-    """Forget the modules that a test's plugins brought, so that tests may reuse names."""
-    modules, path = set(sys.modules), list(sys.path)
-    yield
-    for name in set(sys.modules) - modules:
-        if name.startswith("acme"):
-            del sys.modules[name]
-    sys.path[:] = path
+def _forget(clean_imports: None) -> None:
+    """Every test here may reuse names."""
 
 
 @pytest.fixture
