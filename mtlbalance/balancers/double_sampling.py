@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtlbalance.balancers.base import Call, Sync, WeightSum, share_of_present
 from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer, Indices
+from mtlbalance.balancers.layout import Layout
 from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.shared import missing_shared
 from mtlbalance.balancers.signals import Signals, cross_products
@@ -171,16 +172,11 @@ class DoubleSamplingBalancer(GramianBalancer):
 
     def _flat(self, call: Call, probe: Probe) -> Tensor:
         """Return the (K, P) gradients of the shared parameters, averaged over ranks; zeros where a task is absent."""
-        device, shared = call.losses_K.device, probe.plan.shared
-        wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in shared)
-        dtype = torch.float64 if wide else torch.float32
-        sizes = [tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in shared]
-        flat_KP = torch.zeros(len(self.tasks), sum(sizes), dtype=dtype, device=device)
+        layout = Layout(probe.plan.shared, call.losses_K.device)
+        flat_KP = torch.zeros(len(self.tasks), layout.size, dtype=layout.dtype, device=layout.device)
         for row_P, row in zip(flat_KP, probe.read(len(self.tasks)), strict=True):
-            for part, gradient in zip(torch.split(row_P, sizes), row or [None] * len(sizes), strict=True):
-                if gradient is not None:
-                    dense = gradient.to_dense()
-                    part.copy_((torch.view_as_real(dense) if dense.is_complex() else dense).reshape(-1))
+            if row:
+                row_P.copy_(layout.flatten(row))
         if probe.scales_K is not None:
             flat_KP /= probe.scales_K.to(flat_KP)[:, None]
         if call.ranks is not None and call.counts_K is not None and not all(probe.averaged):
