@@ -21,6 +21,9 @@ PYTEST_ARGS  ?=
 # For example `make torture TORTURE_ARGS='--seed 5 --kills 1000'`.
 TORTURE_ARGS ?=
 
+# For example `make bench BENCH_ARGS='--quick --libmtl ~/src/LibMTL'`.
+BENCH_ARGS ?=
+
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 TYPED  := examples/cmapss/mtlbalance_cmapss examples/minimal examples/recipes benchmarks docs \
@@ -55,9 +58,9 @@ lint: $(VENV)/.installed-dev  ## ruff and strict mypy
 torture: $(VENV)/.installed-dev  ## kill, stop, damage, race and starve real runs: the long form of tests/torture
 	$(TEST_ENV) $(PYTHON) tests/torture/torture.py --json runs/torture.json $(TORTURE_ARGS)
 
-bench: $(VENV)/.installed  ## what a step and an import cost, as ratios
-	$(PYTHON) benchmarks/balancer_step.py --out runs/benchmarks/balancer_step.json
-	$(PYTHON) benchmarks/import_time.py --out runs/benchmarks/import_time.json
+bench: $(VENV)/.installed-dev  ## what balancing costs, as ratios, beside the peers (BENCH_ARGS=--quick: minutes)
+	$(PYTHON) -m pip install --quiet -c constraints.txt --group bench
+	$(TEST_ENV) $(PYTHON) benchmarks/suite.py $(BENCH_ARGS)
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

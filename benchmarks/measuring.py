@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_LISTS_OF_NUMBERS = re.compile(r"\[\s+([-+\d.eE,\s]+?)\s+\]")
 
 
 @dataclass(frozen=True)
@@ -24,31 +27,48 @@ class Ratio:
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
+    @property
+    def half_width(self) -> float:
+        """How far the interval reaches to the farther side of the median."""
+        return max(self.high - self.median, self.median - self.low)
+
 
 def paired_ratio(seconds: Sequence[float], baseline_seconds: Sequence[float]) -> Ratio:
     """Return the median over rounds of one cost over the baseline's cost in the same round.
 
-    Pairing within a round cancels what slows the whole machine for a while.
+    Pairing within a round cancels what slows the whole machine for a while. Both start at the first round; where
+    one was measured for longer, the rounds that only one has are left out.
     """
-    ratios = np.asarray(seconds) / np.asarray(baseline_seconds)
-    drawn = np.random.default_rng(0).choice(ratios, size=(2000, len(ratios)))
+    count = min(len(seconds), len(baseline_seconds))
+    ratios = np.asarray(seconds[:count]) / np.asarray(baseline_seconds[:count])
+    drawn = np.random.default_rng(0).choice(ratios, size=(2000, count))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def machine(threads: int) -> dict[str, str | int]:
-    """Describe what the figures were measured on."""
+def machine(threads: int, device: str = "cpu") -> dict[str, str | int]:
+    """Describe what the figures were measured on, by its parts and never by its name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
+    found: dict[str, str | int] = {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cpus": len(models),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": version("torch"),
         "threads": threads,
     }
+    if device.startswith("cuda"):
+        import torch
+
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
+    return found
+
+
+def in_words(where: Mapping[str, str | int]) -> str:
+    """Return a machine on one line."""
+    return ", ".join(f"{key} {value}" for key, value in where.items())
 
 
 def markdown_row(cells: Sequence[object]) -> str:
@@ -61,9 +81,16 @@ def markdown_header(names: Sequence[str]) -> str:
     return markdown_row(names) + "\n" + markdown_row(["---"] * len(names))
 
 
+def rounded(seconds: Sequence[float]) -> list[float]:
+    """Return times with four digits, which is more than they bear."""
+    return [float(f"{value:.4g}") for value in seconds]
+
+
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write the figures with what they were measured on, if a path was given."""
+    """Write the figures with what they were measured on, if a path was given; a list of numbers takes one line."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, default=asdict) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, default=asdict)
+    text = _LISTS_OF_NUMBERS.sub(lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
+    path.write_text(text + "\n", encoding="utf-8")

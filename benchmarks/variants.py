@@ -1,0 +1,161 @@
+"""Ways to take a training step: the plain sum, bare backward passes, every method here, and GABA's other forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import methods
+import torch
+from torch import Tensor, nn
+from workloads import Losses, Workload
+
+from mtlbalance import Balancer
+
+PLAIN = "plain sum"
+BARE = "K backward passes"
+UPDATE_EVERY = 10
+OptimizerForm = Literal[
+    "adamw", "fused", "sgd"
+]  # torch's default AdamW for the device; the fused one; for memory
+LEARNING_RATE = 1e-5  # small: what is measured late should be the problem that was measured early
+
+
+class Training:
+    """A copy of a workload's model with its own optimizer: what every variant trains."""
+
+    def __init__(
+        self, workload: Workload, optimizer: OptimizerForm, also_learned: Sequence[nn.Parameter] = ()
+    ) -> None:
+        self.workload = workload
+        self.trunk, self.heads, self.model = workload.fresh_model()
+        self.shared = list(self.trunk.parameters())
+        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
+        if also_learned:
+            groups.append({"params": list(also_learned), "weight_decay": 0.0})
+        self.optimizer = optimizer_of(groups, optimizer)
+
+    def forward(self, per_sample: Collection[str] = ()) -> tuple[Tensor, Losses]:
+        """Return the trunk's features and each task's loss."""
+        features = self.trunk(self.workload.inputs)
+        predictions = {task: self.heads[task](features) for task in self.workload.tasks}
+        return features, self.workload.losses(predictions, per_sample)
+
+
+def optimizer_of(groups: Any, form: OptimizerForm) -> torch.optim.Optimizer:
+    """Return the optimizer of all variants."""
+    if form == "sgd":
+        return torch.optim.SGD(groups, lr=LEARNING_RATE)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True if form == "fused" else None)
+
+
+Steps = Callable[[Workload, OptimizerForm], Iterator[None]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to take a step.
+
+    Args:
+        source: ``floor`` (no balancing), ``mtlbalance``, ``torchjd`` or ``LibMTL``.
+        method: the name that mtlbalance has for it.
+        form: how, where there are several ways.
+        steps: makes the endless iterator of steps.
+        multiple_of: in a measurement, a multiple of so many steps.
+    """
+
+    source: str
+    method: str
+    form: str
+    steps: Steps
+    multiple_of: int = 1
+
+    @property
+    def name(self) -> str:
+        """Unique within a workload."""
+        by = "" if self.source == "floor" else f"{self.source} "
+        return f"{by}{self.method}" + (f" ({self.form})" if self.form else "")
+
+
+def plain_steps(workload: Workload, optimizer: OptimizerForm) -> Iterator[None]:
+    """Sum the losses: the equal weighting that all ratios are to."""
+    training = Training(workload, optimizer)
+    while True:
+        training.optimizer.zero_grad()
+        _, losses = training.forward()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        training.optimizer.step()
+        yield
+
+
+def bare_passes(workload: Workload, optimizer: OptimizerForm) -> Iterator[None]:
+    """Differentiate the losses one after another, and nothing else.
+
+    About the least that a method pays which reads every task's gradient on the whole trunk.
+    """
+    training = Training(workload, optimizer)
+    while True:
+        training.optimizer.zero_grad()
+        _, losses = training.forward()
+        left = len(losses)
+        for loss in losses.values():
+            left -= 1
+            loss.backward(retain_graph=left > 0)  # type: ignore[no-untyped-call]
+        training.optimizer.step()
+        yield
+
+
+def balanced_steps(
+    make: Callable[[Sequence[str]], Balancer], per_sample: Callable[[Sequence[str]], Collection[str]], at: str
+) -> Steps:
+    """Return the steps with a balancer that reads gradients ``at`` the ``trunk`` or the ``features``."""
+
+    def steps(workload: Workload, optimizer: OptimizerForm) -> Iterator[None]:
+        balancer = make(workload.tasks).to(workload.inputs.device)
+        training = Training(workload, optimizer, also_learned=list(balancer.parameters()))
+        raw = per_sample(workload.tasks)
+        context = {"targets": {task: workload.targets[task].flatten() for task in raw}}
+        while True:
+            training.optimizer.zero_grad()
+            features, losses = training.forward(raw)
+            shared = features if at == "features" else training.shared
+            balancer(losses, shared_params=shared, **context).backward()
+            training.optimizer.step()
+            yield
+
+    return steps
+
+
+def method_variant(
+    method: str, form: str = "", *, at: str = "trunk", multiple_of: int = 1, **options: Any
+) -> Variant:
+    """Return a registered method as a variant."""
+    steps = balanced_steps(
+        lambda tasks: methods.make(method, tasks, **options),
+        lambda tasks: methods.per_sample_tasks(method, tasks),
+        at,
+    )
+    return Variant("mtlbalance", method, form, steps, multiple_of)
+
+
+FLOORS = (Variant("floor", PLAIN, "", plain_steps), Variant("floor", BARE, "", bare_passes))
+FUSED_PLAIN = Variant("floor", PLAIN, "fused AdamW", lambda workload, _: plain_steps(workload, "fused"))
+GABA_FORMS = (
+    method_variant("gaba", "K+1 passes", delivery="weighted_sum"),
+    method_variant(
+        "gaba", f"every {UPDATE_EVERY}th step", update_every=UPDATE_EVERY, multiple_of=UPDATE_EVERY
+    ),
+    method_variant("gaba", "features", at="features"),
+)
+
+
+def own_variants(wanted: Sequence[str]) -> list[Variant]:
+    """Return the wanted methods, and GABA's other forms where it is among them."""
+    found = [method_variant(method) for method in wanted]
+    return [*found, *GABA_FORMS] if "gaba" in wanted else found
+
+
+def by_name(variants: Sequence[Variant]) -> Mapping[str, Variant]:
+    """Return variants by their names."""
+    return {variant.name: variant for variant in variants}
