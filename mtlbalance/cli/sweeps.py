@@ -62,7 +62,7 @@ def run(
 ) -> int:
     """Carry out a sweep: finished runs are skipped, broken ones resumed, locked ones left alone."""
     from mtlbalance.sweeps.display import make_display
-    from mtlbalance.sweeps.engine_choice import build_engine, split_overrides
+    from mtlbalance.sweeps.engine_choice import choose_engine, split_overrides
     from mtlbalance.sweeps.plan import make_plan
     from mtlbalance.sweeps.supervisor import prepare, supervise
 
@@ -75,17 +75,18 @@ def run(
     with stdout_for_results():
         plan = make_plan(sweep, of_runs, out)
         assert plan.runs[0].config is not None
-        chosen = build_engine(sweep, of_engine, plan.runs[0].config.registry)
-    for notice in plan.notices:
+        choice = choose_engine(sweep, of_engine, plan.runs[0].config.registry)
+    for notice in (*plan.notices, *choice.notices):
         print_stderr(f"notice: {notice}")
     if dry_run:
         _print_plan(plan, as_json=as_json)
         return 0
-    prepare(plan)
     with stdout_for_results():  # engines may print what they like
+        engine_at_work = choice.build()
+        prepare(plan)
         outcome = supervise(
             plan,
-            chosen,
+            engine_at_work,
             make_display(quiet=quiet),
             retries=retries,
             timeout_seconds=timeout or None,

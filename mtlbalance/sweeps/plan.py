@@ -139,6 +139,7 @@ class _Planner:
         self.overrides = overrides
         self.problems: dict[LocatedProblem, list[str]] = {}  # with the runs that have it
         self.notices: dict[str, None] = {}
+        self.special_cases_met: set[int] = set()
 
     def plan(self, out: Path | None) -> Plan:
         self.check_overrides()
@@ -154,7 +155,10 @@ class _Planner:
             levels = [axis.folder(coordinates[axis.name]) for axis in self.sweep.axes]
             run_id = "/".join(levels)
             try:
-                config = self.config([item for point in points for item in point.overrides], levels)
+                special = self.special(coordinates)
+                config = self.config(
+                    [*(item for point in points for item in point.overrides), *special], levels
+                )
             except InvalidConfigError as error:
                 for problem in error.problems:
                     self.problems.setdefault(problem, []).append(run_id)
@@ -163,6 +167,9 @@ class _Planner:
             # A point of an axis that names another plugin replaces the base's: that is what it is for.
             mine = tuple(self.overrides)
             self.notices |= dict.fromkeys(text for text in config.notices if text.startswith(mine))
+        for index, case in enumerate(self.sweep.special_cases):
+            if num_runs and index not in self.special_cases_met:
+                self.problem("no run of the sweep is here: every one of them is excluded", case.place)
         if num_runs == 0:
             self.problem("every run is excluded", self.sweep.document.place(("exclude",), "key"))
         if self.problems:
@@ -184,6 +191,20 @@ class _Planner:
     def problem(self, message: str, place: Place, advice: str = "") -> None:
         self.problems[LocatedProblem(message, place, advice)] = []
 
+    def special(self, coordinates: Mapping[str, str]) -> list[Override]:
+        """Return the overrides of a run alone."""
+        found: dict[tuple[str, ...], Override] = {}
+        for index, case in enumerate(self.sweep.special_cases):
+            if not case.where.matches(coordinates):
+                continue
+            self.special_cases_met.add(index)
+            for override in case.overrides:
+                if override.keys in found:
+                    what = f"another special case sets {'.'.join(override.keys)!r} for some of the same runs"
+                    raise InvalidConfigError([LocatedProblem(what, override.at("key"))])
+                found[override.keys] = override
+        return list(found.values())
+
     def check_overrides(self) -> None:
         """An override that holds for every run must not set what an axis varies: the runs would be alike."""
         for text in self.overrides:
@@ -195,6 +216,13 @@ class _Planner:
                     parts = tuple(varied.split("."))
                     if keys is not None and (keys[: len(parts)] == parts or parts[: len(keys)] == keys):
                         self.problem(f"axis {axis.name!r} varies {varied!r}", Place(f"command line: {text}"))
+            for case in self.sweep.special_cases:
+                for override in case.overrides:
+                    if keys == override.keys:
+                        self.problem(
+                            f"special_cases set {'.'.join(keys)!r} for some runs",
+                            Place(f"command line: {text}"),
+                        )
 
     def config(self, overrides: Sequence[Override], levels: Sequence[str]) -> RunConfig:
         name = "-".join([self.sweep.name, *levels])

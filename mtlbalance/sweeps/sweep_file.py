@@ -1,21 +1,19 @@
-"""A sweep file as read: its base config, its axes, what it leaves out, each with its place for messages."""
+"""A sweep file as read: its base config, its axes, what it leaves out or alters, each with its place for messages."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mtlbalance.config import InvalidConfigError, LocatedProblem, Override, Place
-from mtlbalance.config.document import SLOTS, Document, read_document
+from mtlbalance.config.document import Document, read_document
 from mtlbalance.config.validation import show
 from mtlbalance.errors import did_you_mean
+from mtlbalance.sweeps.labels import NAME, RESERVED_FOLDERS, default_label, folder_of, is_label, shown
 
-_KEYS = ("base", "name", "overrides", "axes", "exclude", "engine")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-RESERVED_FOLDERS = ("configs", "logs")
+_KEYS = ("base", "name", "overrides", "axes", "exclude", "special_cases", "engine")
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,27 @@ class Axis:
 
     def folder(self, label: str) -> str:
         """Return a label as a folder's name: a number says what it is a number of."""
-        return f"{self.name}_{label}" if _is_number(label) else label
+        return folder_of(self.name, label)
 
 
 @dataclass(frozen=True)
-class Exclusion:
-    """Combinations to leave out: those whose label is among the given ones on every axis named."""
+class Selection:
+    """Combinations: those whose label is among the given ones on every axis named."""
 
     labels: Mapping[str, tuple[str, ...]]
 
     def matches(self, coordinates: Mapping[str, str]) -> bool:
-        """Return whether a run at these coordinates is left out."""
+        """Return whether a run at these coordinates is one of them."""
         return all(coordinates[axis] in labels for axis, labels in self.labels.items())
+
+
+@dataclass(frozen=True)
+class SpecialCase:
+    """Runs with overrides of their own, which no axis sets."""
+
+    where: Selection
+    overrides: tuple[Override, ...]
+    place: Place
 
 
 @dataclass
@@ -73,7 +80,8 @@ class SweepFile:
     name: str
     overrides: tuple[Override, ...]
     axes: tuple[Axis, ...]
-    exclusions: tuple[Exclusion, ...]
+    exclusions: tuple[Selection, ...]
+    special_cases: tuple[SpecialCase, ...]
     document: Document = field(repr=False)
 
     @property
@@ -104,7 +112,7 @@ class _Reader:
         path = self.document.path
         base = self.base()
         name = self.data.get("name", path.stem)
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             self.problem(
                 f"'name' cannot be {show(name)}",
                 self.document.place(("name",)),
@@ -115,11 +123,17 @@ class _Reader:
         overrides = self.common_overrides()
         axes = tuple(self.axes())
         self.check_overlaps(overrides, axes)
-        exclusions = tuple(self.exclusions(axes))
+        exclusions = tuple(
+            self.selection(("exclude", index), table, axes)
+            for index, table in enumerate(
+                self.tables("exclude", 'such as exclude = [{ method = "gaba", seed = [1, 2] }]')
+            )
+        )
+        special_cases = tuple(self.special_cases(axes))
         if self.problems:
             self.problems.sort(key=lambda found: (found.place.line, found.place.column))
             raise InvalidConfigError(self.problems)
-        return SweepFile(path, base, name, overrides, axes, exclusions, self.document)
+        return SweepFile(path, base, name, overrides, axes, exclusions, special_cases, self.document)
 
     def problem(self, message: str, place: Place, advice: str = "") -> None:
         self.problems.append(LocatedProblem(message, place, advice))
@@ -168,7 +182,7 @@ class _Reader:
             return
         for name, points in axes.items():
             place = self.document.place(("axes", name), "key")
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 self.problem(f"{name!r} cannot name an axis", place, "letters, digits, _ . and -")
             elif not isinstance(points, list) or not points or not all(isinstance(p, dict) for p in points):
                 self.problem(f"axis {name!r} must be a list of override tables", place, example)
@@ -181,13 +195,13 @@ class _Reader:
         for index, table in enumerate(tables):
             path = ("axes", axis, index)
             overrides = tuple(self.overrides(path, table))
-            label = table.get("label", _default_label(overrides))
+            label = table.get("label", default_label(overrides))
             at = ("label",) if "label" in table else ()
-            if not isinstance(label, str) or not _NAME.fullmatch(label):
+            if not is_label(label):
                 self.problem(
                     f"a label cannot be {show(label)}",
                     self.document.place((*path, *at)),
-                    'give the point a label of letters, digits, _ . and -, such as label = "slow"',
+                    'give the point a label of letters, digits, _ . and -, at most 100, such as label = "slow"',
                 )
                 label = f"point-{index}"
             yield Point(label, overrides)
@@ -216,16 +230,26 @@ class _Reader:
         return Override(keys, value, place, shown, self.document.path.parent, key_place)
 
     def check_labels(self, axis: Axis) -> None:
+        before: dict[str, str] = {}  # label by folder; some disks do not tell upper case from lower
         for index, label in enumerate(axis.labels):
             place = self.document.place(("axes", axis.name, index))
+            folder = axis.folder(label)
+            other = before.setdefault(folder.lower(), label)
             if label in axis.labels[:index]:
                 self.problem(
                     f"two points of axis {axis.name!r} are labelled {label!r}",
                     place,
                     'give one of them a label of its own, such as label = "fast"',
                 )
-            if axis.folder(label) in RESERVED_FOLDERS:
-                self.problem(f"{label!r} is the name of a folder that every sweep has", place)
+            elif other != label:
+                self.problem(
+                    f"the points {other!r} and {label!r} of axis {axis.name!r} would share the folder {folder!r}",
+                    place,
+                    'give one of them another label, such as label = "fast"',
+                )
+            if folder in RESERVED_FOLDERS:
+                what = "file" if "." in folder else "folder"
+                self.problem(f"{label!r} is the name of a {what} that every sweep has", place)
 
     def check_overlaps(self, overrides: Sequence[Override], axes: Sequence[Axis]) -> None:
         """Two axes that set the same option would overrule each other."""
@@ -240,61 +264,61 @@ class _Reader:
                     )
                 first.setdefault(key, axis.name)
 
-    def exclusions(self, axes: Sequence[Axis]) -> Iterator[Exclusion]:
-        known = {axis.name: axis.labels for axis in axes}
-        tables = self.data.get("exclude", [])
-        if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
-            self.problem(
-                "'exclude' must be a list of tables",
-                self.document.place(("exclude",)),
-                'such as exclude = [{ method = "gaba", seed = [1, 2] }]',
-            )
-            return
-        for index, table in enumerate(tables):
-            labels: dict[str, tuple[str, ...]] = {}
-            for axis, value in table.items():
-                path = ("exclude", index, axis)
-                if axis not in known:
+    def special_cases(self, axes: Sequence[Axis]) -> Iterator[SpecialCase]:
+        example = 'such as { where = { method = "gaba", subset = ["FD002"] }, training.lr = 1e-4 }'
+        set_by = {key: axis.name for axis in axes for key in axis.keys}
+        for index, table in enumerate(self.tables("special_cases", example)):
+            path = ("special_cases", index)
+            where = table.get("where")
+            if not isinstance(where, dict) or not where:
+                self.problem(
+                    "a special case needs 'where', a table of labels", self.document.place(path), example
+                )
+                continue
+            overrides = tuple(self.overrides(path, {key: table[key] for key in table if key != "where"}))
+            if not overrides:
+                self.problem("this special case changes nothing", self.document.place(path), example)
+            for override in overrides:
+                key = ".".join(override.keys)
+                if key in set_by:
                     self.problem(
-                        f"there is no axis {axis!r}",
-                        self.document.place(path, "key"),
-                        did_you_mean(axis, known).removeprefix("; ") or f"the axes are {', '.join(known)}",
+                        f"a special case cannot set {key!r}: axis {set_by[key]!r} does",
+                        override.at("key"),
+                        "give that axis another point, and exclude what is not wanted",
                     )
-                    continue
-                labels[axis] = tuple(str(item) for item in (value if isinstance(value, list) else [value]))
-                for label in labels[axis]:
-                    if label not in known[axis]:
-                        self.problem(
-                            f"axis {axis!r} has no point {label!r}",
-                            self.document.place(path),
-                            did_you_mean(label, known[axis]).removeprefix("; ")
-                            or f"its points are {', '.join(known[axis])}",
-                        )
-            yield Exclusion(labels)
+            selection = self.selection((*path, "where"), where, axes)
+            yield SpecialCase(selection, overrides, self.document.place((*path, "where")))
 
+    def tables(self, key: str, example: str) -> list[dict[str, Any]]:
+        tables = self.data.get(key, [])
+        if isinstance(tables, list) and all(isinstance(table, dict) and table for table in tables):
+            return tables
+        self.problem(f"{key!r} must be a list of tables", self.document.place((key,)), example)
+        return []
 
-def _default_label(overrides: Sequence[Override]) -> str:
-    """Return the name of the plugin that a point chooses, or else its values."""
-    for override in overrides:
-        if len(override.keys) == 2 and override.keys[0] in SLOTS and override.keys[1] == "name":
-            return str(override.value)
-    text = "-".join(_shown(override.value) for override in overrides)
-    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII).strip("-.") or "base"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "-".join(f"{key}-{_shown(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return "-".join(_shown(item) for item in value)
-    return str(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    def selection(
+        self, path: tuple[str | int, ...], table: Mapping[str, Any], axes: Sequence[Axis]
+    ) -> Selection:
+        """Return the runs that labels name; every one of them must be there, or it would match nothing."""
+        known = {axis.name: axis.labels for axis in axes}
+        found: dict[str, tuple[str, ...]] = {}
+        for axis, value in table.items():
+            if axis not in known:
+                self.problem(
+                    f"there is no axis {axis!r}",
+                    self.document.place((*path, axis), "key"),
+                    did_you_mean(axis, known).removeprefix("; ") or f"the axes are {', '.join(known)}",
+                )
+                continue
+            found[axis] = tuple(shown(item) for item in (value if isinstance(value, list) else [value]))
+            if not found[axis]:
+                self.problem("this list is empty, so it matches no run", self.document.place((*path, axis)))
+            for label in found[axis]:
+                if label not in known[axis]:
+                    self.problem(
+                        f"axis {axis!r} has no point {label!r}",
+                        self.document.place((*path, axis)),
+                        did_you_mean(label, known[axis]).removeprefix("; ")
+                        or f"its points are {', '.join(known[axis])}",
+                    )
+        return Selection(found)

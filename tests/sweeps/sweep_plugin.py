@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mtlbalance.plugins import DatasetRegistration, PluginConfig, hookimpl
+from mtlbalance.plugins import DatasetRegistration, EngineRegistration, PluginConfig, hookimpl
 from mtlbalance.plugins.builtins import ToyOptions, build_toy, toy_tasks
 
 
@@ -17,6 +17,7 @@ class Options(PluginConfig):
     places: ClassVar[frozenset[str]] = frozenset({"traces"})
 
     behaviour: str = "fine"
+    shift: float = 0.0
     traces: Path = Path("traces")
 
 
@@ -48,6 +49,19 @@ def build(options: Options) -> Any:
 @hookimpl
 def register_datasets() -> list[DatasetRegistration]:
     return [DatasetRegistration("behaves", "behaves", Options, build, tasks)]
+
+
+class EngineOptions(PluginConfig):
+    place: str = "far away"
+
+
+def build_engine(options: EngineOptions) -> Any:
+    raise AssertionError("an engine may start a cluster: only a sweep that runs builds it")
+
+
+@hookimpl
+def register_engines() -> list[EngineRegistration]:
+    return [EngineRegistration("remote", "must not be built", EngineOptions, build_engine)]
 
 
 @hookimpl

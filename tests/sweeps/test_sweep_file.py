@@ -196,6 +196,26 @@ def test_a_wrong_override_of_some_runs_names_them(write: Write) -> None:
         ),
         ('base = "study.toml"\nexclude = 1\naxes.a = [{ run.seed = 1 }]', ["'exclude' must be a list"]),
         ('base = "study.toml"\naxes.a = [{ trainig.lr = 1.0 }]', ["unknown section [trainig]"]),
+        (  # a number's folder is named after the axis
+            'base = "study.toml"\naxes.a = [{ run.seed = 1 }, { run.seed = 2, label = "a_1" }]',
+            ["the points '1' and 'a_1' of axis 'a' would share the folder 'a_1'"],
+        ),
+        (
+            'base = "study.toml"\naxes.a = [{ run.seed = 1, label = "x" }, { run.seed = 2, label = "X" }]',
+            ["the points 'x' and 'X' of axis 'a' would share the folder 'X'"],
+        ),
+        (
+            f'base = "study.toml"\naxes.a = [{{ run.seed = 1, label = "{101 * "x"}" }}]',
+            ["a label cannot be the text 'xxx"],
+        ),
+        (
+            'base = "study.toml"\naxes.a = [{ run.seed = 1, label = "plan.json" }]',
+            ["'plan.json' is the name of a file that every sweep has"],
+        ),
+        (
+            'base = "study.toml"\nexclude = [{ a = [] }]\naxes.a = [{ run.seed = 1 }]',
+            ["this list is empty, so it matches no run"],
+        ),
     ],
 )
 def test_what_a_sweep_file_cannot_say(write: Write, sweep: str, messages: list[str]) -> None:
@@ -203,6 +223,76 @@ def test_what_a_sweep_file_cannot_say(write: Write, sweep: str, messages: list[s
     for message in messages:
         assert f"error: {message}" in found
     assert "--> sweep.toml" in found
+
+
+def test_labels_are_what_a_value_looks_like_in_the_file(write: Write) -> None:
+    plan = make_plan(
+        write("""
+        base = "study.toml"
+        exclude = [{ shift = -0.5, deterministic = true }]
+        [axes]
+        deterministic = [{ run.deterministic = true }, { run.deterministic = false }]
+        shift = [{ dataset.shift = 1e20 }, { dataset.shift = -0.5 }]
+        """)
+    )
+    assert [run.id for run in plan.runs] == ["true/shift_1e20", "false/shift_1e20", "false/shift_-0.5"]
+
+
+CASES = """
+    base = "study.toml"
+    [axes]
+    size = [{ training.batch_size = 16 }, { training.batch_size = 32 }]
+    method = [{ balancer.name = "fixed" }, { balancer.name = "gaba" }]
+    """
+
+
+def test_special_cases_are_for_some_runs_alone(write: Write) -> None:
+    plan = make_plan(
+        write(
+            'special_cases = [{ where = { method = "gaba", size = [32] }, training.lr = 0.5 }]\n'
+            "overrides = { training.lr = 0.25 }\n" + text(CASES)
+        )
+    )
+    rates = {run.id: run.config.training.lr for run in plan.runs if run.config is not None}
+    assert rates == {"size_16/fixed": 0.25, "size_16/gaba": 0.25, "size_32/fixed": 0.25, "size_32/gaba": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"),
+    [
+        ("[{ training.lr = 0.5 }]", "a special case needs 'where', a table of labels"),
+        ('[{ where = { method = "gaba" } }]', "this special case changes nothing"),
+        ('[{ where = { method = "gabba" }, training.lr = 0.5 }]', "axis 'method' has no point 'gabba'"),
+        ('[{ where = { methud = "gaba" }, training.lr = 0.5 }]', "there is no axis 'methud'"),
+        ("[{ where = { size = [] }, training.lr = 0.5 }]", "this list is empty, so it matches no run"),
+        (
+            "[{ where = { size = 16 }, training.batch_size = 8 }]",
+            "a special case cannot set 'training.batch_size': axis 'size' does",
+        ),
+        (
+            '[{ where = { size = 16 }, training.lr = 1 }, { where = { method = "gaba" }, training.lr = 2 }]',
+            "another special case sets 'training.lr' for some of the same runs",
+        ),
+        (
+            "[{ where = { size = 16 }, training.lr = 1 }]\nexclude = [{ size = 16 }]",
+            "no run of the sweep is here: every one of them is excluded",
+        ),
+        ("[{ where = { size = 16 }, training.lr = -1 }]", "'lr' in [training] must be a number above 0"),
+        ("[{ where = { size = 16 }, plugins = [] }]", "'plugins' cannot be varied"),
+    ],
+)
+def test_what_a_special_case_cannot_say(write: Write, cases: str, message: str) -> None:
+    found = problems(write(f"special_cases = {cases}\n{text(CASES)}"))
+    assert f"error: {message}" in found
+    assert "--> sweep.toml:1:" in found
+
+
+def test_the_command_line_does_not_undo_a_special_case(write: Write) -> None:
+    path = write(f"special_cases = [{{ where = {{ size = 16 }}, training.lr = 1 }}]\n{text(CASES)}")
+    assert (
+        "error: special_cases set 'training.lr' for some runs\n  --> command line: training.lr=3"
+        in problems(path, "training.lr=3")
+    )
 
 
 def test_runs_that_must_be_alike_are_noted(write: Write) -> None:
@@ -236,13 +326,15 @@ def test_the_plan_is_printed_and_nothing_is_started(write: Write, capfd: pytest.
             ["engine.per_device=0"],
             "'per_device' in [engine] (local) must be a whole number at least 1, not 0",
         ),
+        (["engine=local"], "'engine' is a section, not the text 'local'"),
+        (["engine.devices.first=1"], "'engine.devices' is not a table, so it has no 'first'"),
         (["run.name=x"], "a sweep names its runs itself"),
     ],
 )
 def test_wrong_arguments(
     write: Write, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    write(SWEEP)
+    write(SWEEP + '\n    [engine]\n    devices = "auto"\n')
     assert main(["sweep", "run", "sweep.toml", *arguments]) == 2
     assert f"error: {message}" in capfd.readouterr().err
     assert not Path("runs").exists()
@@ -254,6 +346,17 @@ def test_the_engine_can_be_chosen_in_the_file(write: Write, capfd: pytest.Captur
     err = capfd.readouterr().err
     assert "unknown key 'per_devise' in [engine] (local)" in err
     assert "help: did you mean 'per_device'?" in err
+
+
+@pytest.mark.parametrize("named", ['name = "local"\n', ""])
+def test_another_engine_leaves_out_the_files_options_and_says_so(
+    write: Write, capfd: pytest.CaptureFixture[str], named: str
+) -> None:
+    path = write(f"{SWEEP}\n    [engine]\n    {named}\n    per_device = 2\n")
+    assert main(["sweep", "run", str(path), "--engine", "remote", "--dry-run"]) == 0
+    assert capfd.readouterr().err == (
+        "notice: engine.name=remote replaces 'local': its options in sweep.toml are left out (per_device)\n"
+    )
 
 
 def test_the_toy_sweep() -> None:
