@@ -52,12 +52,17 @@ class MLPOptions(PluginConfig):
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="after each hidden layer")
 
 
+Device = Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+
+
 class LocalOptions(PluginConfig):
     """Options of the engine ``local``."""
 
     per_device: int = Field(1, ge=1, description="runs at a time on each device")
-    devices: Literal["auto"] | list[str] = Field(
-        "auto", description='such as ["cuda:0", "cuda:1"] or ["cpu"]; auto: every visible GPU, else the CPU'
+    devices: Literal["auto"] | list[Device] = Field(
+        "auto",
+        min_length=1,
+        description='such as ["cuda:0", "cuda:1"] or ["cpu"]; auto: every visible GPU, else the CPU',
     )
 
 

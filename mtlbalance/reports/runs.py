@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtlbalance.errors import RunFolderError
+from mtlbalance.sweeps.folder_state import results_are_damaged
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ def read_run(folder: Path) -> FinishedRun:
         raise RunFolderError(f"{folder} is not a finished run: it has no {path.name}") from None
     except (OSError, ValueError) as error:
         raise RunFolderError(f"cannot read {path}: {error}") from error
+    if results_are_damaged(folder):
+        raise RunFolderError(
+            f"{folder / 'results.json'} is not what sums.json says it was; the run, started again, makes it anew"
+        )
     if not isinstance(results, dict) or not isinstance(results.get("metrics"), dict):
         raise RunFolderError(f"{path.with_name('results.json')} holds no metrics")
     flat = {

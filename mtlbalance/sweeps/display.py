@@ -101,7 +101,10 @@ class PlainLines(Display):
         self._print(f"stopping: {num_running} at work, asked to leave their folders in order")
 
     def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(
+            OSError
+        ):  # nobody reads any more, as in `... 2>&1 | head`: the runs matter, not their news
+            print(text, file=sys.stderr, flush=True)
 
 
 class LiveTable(Display):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,7 +20,7 @@ class FolderState(StrEnum):
     """What is left to do for a run."""
 
     NEW = "new"  # nothing of it is there
-    BROKEN = "broken"  # it was started and has not finished: to be resumed
+    BROKEN = "broken"  # it was started and has not finished, or its results are damaged: to be resumed
     LOCKED = "locked"  # another process is at it: to be left alone
     FINISHED = "finished"  # its results are there: to be skipped
 
@@ -33,7 +35,7 @@ def folder_state(folder: Path) -> FolderState:
     if lock.exists() and _is_held(lock):
         return FolderState.LOCKED
     if (folder / "results.json").exists():
-        return FolderState.FINISHED
+        return FolderState.BROKEN if results_are_damaged(folder) else FolderState.FINISHED
     if (folder / "config.resolved.toml").exists() or (folder / "checkpoints").exists():
         return FolderState.BROKEN
     return FolderState.NEW
@@ -42,6 +44,21 @@ def folder_state(folder: Path) -> FolderState:
 def folder_states(plan: Plan) -> dict[str, FolderState]:
     """Return the state of every run, by its id."""
     return {run.id: folder_state(plan.folder_of(run.id)) for run in plan.runs}
+
+
+def results_are_damaged(folder: Path) -> bool:
+    """Return whether ``results.json`` is not what ``sums.json`` says; the run, started again, makes it anew.
+
+    What else the run has written is only looked at by whoever reads it.
+    """
+    try:
+        content = (folder / "results.json").read_bytes()
+        sums = json.loads((folder / "sums.json").read_bytes())
+        return bool(sums["results.json"] != hashlib.sha256(content).hexdigest())
+    except FileNotFoundError:  # of an earlier version, which kept no sums
+        return False
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
 
 
 def _is_held(path: Path) -> bool:

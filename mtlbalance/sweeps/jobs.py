@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,18 +95,22 @@ class Attempt:
             path.parent.mkdir(parents=True, exist_ok=True)
         _write(job.config_path, job.config)
         self._log: IO[bytes] = job.log.open("ab")
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._log.write(f"--- attempt {job.attempt}, {now}\n".encode())
-        self._log.flush()
-        self._tail_from = self._log.tell()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mtlbalance.cli.leash" if leashed else "mtlbalance", *job.arguments],
-            env={**os.environ, **job.environment},
-            stdin=subprocess.PIPE if leashed else subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._log.write(f"--- attempt {job.attempt}, {now}\n".encode())
+            self._log.flush()
+            self._tail_from = self._log.tell()
+            self._process = subprocess.Popen(
+                [*_python(), "-m", "mtlbalance.cli.leash" if leashed else "mtlbalance", *job.arguments],
+                env={**os.environ, **job.environment},
+                stdin=subprocess.PIPE if leashed else subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except BaseException:
+            self._log.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -114,7 +119,7 @@ class Attempt:
 
     def poll(self) -> JobEnd | None:
         """Return the end, or None while it runs; stops it once its time is up."""
-        code = self._process.poll()
+        code = self._exit_code()
         now = time.monotonic()
         if code is None:
             limit = self.job.timeout_seconds
@@ -140,22 +145,35 @@ class Attempt:
         """End it now, with everything that it started."""
         self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
 
+    def _exit_code(self) -> int | None:
+        """Return the exit code, or None while it runs; what a run that failed has left behind is killed.
+
+        Processes that load data may otherwise live on, and hold a GPU's memory. They are killed before the
+        run's own process is reaped: until then, no other process can have its number.
+        """
+        if self._process.returncode is None and hasattr(os, "waitid"):
+            end = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if end is None:
+                return None
+            if (end.si_code, end.si_status) != (os.CLD_EXITED, 0):
+                self.kill()
+        return self._process.poll()
+
     def _signal(self, signum: int) -> None:
-        if self._process.poll() is not None:
+        if self._process.returncode is not None:
             return
-        try:
+        with suppress(ProcessLookupError, PermissionError):  # the latter: of a process that has just ended
             if signum == signal.SIGTERM or not hasattr(os, "killpg"):
-                self._process.send_signal(signum)
+                os.kill(self._process.pid, signum)
             else:
                 os.killpg(self._process.pid, signum)
-        except ProcessLookupError:
-            pass
 
     def _tail(self) -> str:
-        with self.job.log.open("rb") as file:
+        with suppress(OSError), self.job.log.open("rb") as file:  # somebody may have tidied up
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._tail_from, size - _TAIL_BYTES))
             return file.read().decode(errors="replace")
+        return ""
 
 
 def run_job(job: Job) -> JobEnd:
@@ -173,6 +191,16 @@ def run_job(job: Job) -> JobEnd:
         while attempt.poll() is None:
             time.sleep(0.1)
         raise
+
+
+def _python() -> list[str]:
+    """Return how to start Python: the current folder is on a run's path only where it is on ours.
+
+    Else a ``random.py`` that lies there would be taken for Python's own by every run, but not by the sweep.
+    """
+    here = Path.cwd()
+    is_on_path = any(Path(entry or ".").resolve() == here for entry in sys.path)
+    return [sys.executable, *([] if is_on_path else ["-P"])]
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from mtlbalance.sweeps.folder_state import FolderState
@@ -41,7 +42,9 @@ class Retries:
         code = end.exit_code
         if state is FolderState.FINISHED and code == 0:
             return Verdict("finished")
-        if code == 2 and _IN_USE in end.tail:
+        if code == 2 and f"{PurePath(end.run_id).name} {_IN_USE}" in end.tail:
+            return Verdict("locked")
+        if state is FolderState.LOCKED and code == 0:  # somebody looks whether it is: look again
             return Verdict("locked")
         if end.how == "timeout":
             return Verdict(

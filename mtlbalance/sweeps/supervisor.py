@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -90,7 +91,7 @@ def prepare(plan: Plan) -> None:
         )
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{PLAN_FILE}.tmp")
+        temporary = path.with_name(f".{PLAN_FILE}.tmp-{os.getpid()}")
         temporary.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
@@ -200,13 +201,22 @@ class _Supervisor:
                 continue
             self.locked.discard(run_id)
             if state is FolderState.FINISHED:
-                self.finished_elsewhere(run_id)
+                self.finished_elsewhere(self.runs[run_id])
             else:
                 self.waiting.append(self.runs[run_id])
 
-    def finished_elsewhere(self, run_id: str) -> None:
-        self.outcome.finished.append(run_id)
-        self.display.ended(run_id, "finished", "by another process", 0.0)
+    def finished_elsewhere(self, run: PlannedRun) -> None:
+        """Another process has finished a run: perhaps one that was started before its config changed."""
+        assert run.config is not None
+        if changed := changed_keys(self.plan.folder_of(run.id), run.config):
+            self.fail(run, f"another process has finished it with another config: {'; '.join(changed)}")
+        else:
+            self.outcome.finished.append(run.id)
+            self.display.ended(run.id, "finished", "by another process", 0.0)
+
+    def fail(self, run: PlannedRun, reason: str) -> None:
+        self.outcome.failed[run.id] = reason
+        self.display.ended(run.id, "failed", reason, 0.0)
 
     def start_some(self) -> None:
         while self.waiting and self.engine.room() > 0 and not self.received:
@@ -216,10 +226,14 @@ class _Supervisor:
                 self.leave(run)
                 continue
             if state is FolderState.FINISHED:  # by another sweep, or by a run whose worker was lost
-                self.finished_elsewhere(run.id)
+                self.finished_elsewhere(run)
                 continue
             attempt = self.attempts[run.id] = self.attempts.get(run.id, 0) + 1
-            where = self.engine.start(self.job(run, attempt))
+            try:
+                where = self.engine.start(self.job(run, attempt))
+            except OSError as error:  # no log, no process: the others go on
+                self.fail(run, f"it cannot be started: {error}")
+                continue
             at_work = AtWork(where, time.monotonic(), attempt, resumed=state is FolderState.BROKEN)
             self.running[run.id] = at_work
             self.display.started(run.id, at_work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 from mtlbalance.cli.main import main
 from mtlbalance.config import load_config
 from mtlbalance.training import run_training
+from mtlbalance.training.run_folder import open_run_folder
 
 Write = Callable[[str], Path]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -148,6 +150,23 @@ def test_a_finished_run_of_another_config_is_not_passed_off(
     )
 
 
+def test_results_that_are_damaged_are_made_again(write: Write, capfd: Any) -> None:
+    write("base = 'study.toml'\naxes.seed = [{ run.seed = 1 }]\n")
+    run = run_training(
+        load_config("study.toml", ["run.seed=1"]), out=Path("runs/sweep/seed_1"), quiet=True
+    ).run_dir
+    before = (run / "results.json").read_bytes()
+    (run / "results.json").write_bytes(before.replace(b'"best_epoch": 1', b'"best_epoch": 9'))
+    assert (run / "results.json").read_bytes() != before
+    assert main(["report", str(run)]) == 2
+    assert "results.json is not what sums.json says it was" in capfd.readouterr().err
+    assert main(["sweep", "run", "sweep.toml", "--json", "--quiet"]) == 0
+    assert json.loads(capfd.readouterr().out)["finished"] == ["seed_1"]
+    assert results(run) == {
+        key: value for key, value in json.loads(before).items() if key not in ("wall_seconds", "run")
+    }
+
+
 def test_status_tells_the_states_apart(write: Write, capfd: Any) -> None:
     write(SEEDS)
     folder = Path("runs/sweep")
@@ -155,7 +174,6 @@ def test_status_tells_the_states_apart(write: Write, capfd: Any) -> None:
     assert "error: runs/sweep is not the folder of a sweep" in capfd.readouterr().err
     from mtlbalance.sweeps import make_plan
     from mtlbalance.sweeps.supervisor import prepare
-    from mtlbalance.training.run_folder import open_run_folder
 
     prepare(make_plan(Path("sweep.toml")))
     run_training(load_config("study.toml", ["run.seed=1"]), out=folder / "seed_1", quiet=True)
@@ -188,3 +206,57 @@ def test_a_run_stops_in_order_when_its_worker_is_killed(write: Write) -> None:
     wait_for(lambda: events(run)[-1] == "interrupted")
     wait_for(lambda: "pre-empted; the run goes on when it is started again" in Path("log").read_text())
     assert list((run / "checkpoints").glob("epoch_*.json"))
+
+
+IGNORES = """\
+import signal, threading, time
+from mtlbalance.cli import leash
+
+leash._GRACE_SECONDS = 0.2
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=leash._wait_for_the_end_of_input, daemon=True).start()
+time.sleep(600)
+"""
+
+
+def test_a_run_that_does_not_stop_when_its_worker_is_gone_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", IGNORES], stdin=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == -signal.SIGKILL
+
+
+def test_what_cannot_be_started_or_told_stops_no_other_run(write: Write, start: Start) -> None:
+    write("base = 'study.toml'\naxes.seed = [{ run.seed = 1 }, { run.seed = 2 }]\n")
+    Path("runs/sweep/logs/seed_1.log").mkdir(parents=True)
+    driver = start("sweep", "run", "sweep.toml", "--json")
+    assert driver.stderr is not None
+    assert driver.stdout is not None
+    driver.stderr.close()  # as in `... 2>&1 | head`: each event is then a broken pipe
+    document = json.loads(driver.stdout.read())
+    driver.stdout.close()
+    assert driver.wait(timeout=60) == 3
+    assert document["finished"] == ["seed_2"]
+    assert document["failed"]["seed_1"].startswith("it cannot be started: [Errno 21] Is a directory")
+
+
+def test_a_run_that_another_process_finishes_with_another_config_is_not_passed_off(
+    write: Write, start: Start, tmp_path: Path
+) -> None:
+    """As after a driver that was killed, and an edit of the base config, while its runs go on."""
+    write("base = 'study.toml'\naxes.seed = [{ run.seed = 1 }]\n")
+    folder = Path("runs/sweep/seed_1")
+    with open_run_folder(folder):
+        driver = start("sweep", "run", "sweep.toml", "--json")
+        assert driver.stderr is not None
+        while "locked" not in driver.stderr.readline():
+            pass
+        other = run_training(load_config("study.toml", ["run.seed=1", "training.lr=0.5"]), quiet=True)
+        shutil.copytree(other.run_dir, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 3, err
+    assert json.loads(out)["failed"] == {
+        "seed_1": "another process has finished it with another config: training.lr: 0.5 -> 0.001"
+    }
