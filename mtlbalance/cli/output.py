@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,7 +57,16 @@ def stdout_for_results() -> Iterator[None]:
 
 def print_json(document: Any) -> None:
     """Print the one JSON document of a ``--json`` command."""
-    print(json.dumps(document, indent=2, default=str))
+    print(json.dumps(_strict(document), indent=2, default=str, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """Return a value with null for NaN and infinity, which JSON does not have and most readers refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def print_stderr(text: str) -> None:

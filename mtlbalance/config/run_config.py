@@ -23,7 +23,7 @@ from mtlbalance.slots import TaskSpec
 if TYPE_CHECKING:
     from mtlbalance.plugins.manager import PluginRegistry
 
-_FREE_KEYS = frozenset(
+FREE_KEYS = frozenset(
     {
         "plugins",
         "run.name",
@@ -129,7 +129,7 @@ class RunConfig:
             "balancer": self.balancer.options,
         }
         places = {f"{slot}.{key}" for slot, options in slots.items() for key in options.places}
-        return _FREE_KEYS | places
+        return FREE_KEYS | places
 
     def result_hash(self, data_source: str = "", protocol: str = "") -> str:
         """Return the SHA-256 of what decides the result: equal for runs that must give the same result.

@@ -126,6 +126,8 @@ def _metric_and_mode(study: Study, text: str) -> tuple[str, Mode | None]:
     metric, colon, said = text.partition(":")
     runs = study.runs.values()
     known = sorted({name for run in runs for name in run.metrics})
+    if metric not in known and any(metric in run.recorded for run in runs):
+        raise ReportError(f"{metric!r} is a finite number in no run; there are {', '.join(known)}")
     if metric not in known:
         raise ReportError(
             f"no run has a metric {metric!r}{did_you_mean(metric, known)}; there are {', '.join(known)}"
@@ -166,7 +168,7 @@ def _metric_report(study: Study, metric: str, mode: Mode | None, baseline: str) 
     ]
     ranks, num_ranked = mean_ranks(blocks, study.levels, mode) if mode else ({}, 0)
     report = MetricReport(metric, mode, figures, ranks, num_ranked, _differences(study, values, baseline))
-    report.sentences = _sentences(study, report)
+    report.sentences = [*_left_out(study, metric), *_sentences(study, report, baseline)]
     return report
 
 
@@ -201,9 +203,47 @@ def _family(pairs: dict[tuple[str, str], list[float]]) -> list[Difference]:
     return [Difference(*cell, paired, corrected.get(cell)) for cell, paired in found.items()]
 
 
-def _sentences(study: Study, report: MetricReport) -> list[str]:
-    """Say in words what the numbers cannot bear."""
+def _left_out(study: Study, metric: str) -> list[str]:
+    """Say so if runs have no such number: a mean without those that diverged looks better than the method is."""
+    cells = [cell for cell, run in study.runs.items() if metric not in run.metrics]
+    if not cells:
+        return []
+    names = [", ".join(filter(None, (cell.stratum, cell.level, cell.replicate))) for cell in cells]
+    shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"{len(cells)} of {len(study.runs)} finished runs have no finite {metric}, and are in none of its figures, "
+        f"which may look better for it: {shown}."
+    ]
+
+
+def _unpaired(study: Study, report: MetricReport, baseline: str) -> list[str]:
+    """Say so where there is nothing to compare, or to rank."""
+    present = {(item.stratum, item.level) for item in report.figures}
+    compared = {(item.stratum, item.level) for item in report.differences}
     sentences = []
+    if not any(level == baseline for _, level in present):
+        sentences.append(
+            f"No run of {baseline} has {report.metric}, so nothing is compared with it; --baseline names another."
+        )
+    else:
+        lacking = [
+            f"{level}{' on ' + stratum if stratum else ''}"
+            for stratum, level in sorted(present - compared)
+            if level != baseline
+        ]
+        if lacking:
+            sentences.append(
+                f"Not compared with {baseline}, for want of a run on the same data with the same seed: "
+                f"{', '.join(lacking)}."
+            )
+    if report.mode is not None and len(study.levels) > 1 and not report.num_ranked:
+        sentences.append(f"No data and seed has a run of every {study.compared}, so there are no ranks.")
+    return sentences
+
+
+def _sentences(study: Study, report: MetricReport, baseline: str) -> list[str]:
+    """Say in words what the numbers cannot bear."""
+    sentences = _unpaired(study, report, baseline)
     if report.mode is None and len(study.levels) > 1:
         sentences.append(
             f"Whether small or large values of {report.metric} are good is not known, so there are no ranks; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +13,8 @@ from typing import Any
 
 from mtlbalance.errors import RunFolderError
 from mtlbalance.sweeps.folder_state import results_are_damaged
+
+_PASSED_OVER = re.compile(r"^\.|\.old-\d+$")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,21 @@ class FinishedRun:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics at the best epoch that are numbers; those of a validation set as ``validation_...``."""
+        """The metrics at the best epoch that are finite numbers; those of a validation set as ``validation_...``."""
+        return {
+            name: float(value)
+            for name, value in self.recorded.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The same as they were written, with those that are none: a NaN is recorded as null."""
         validation = self.results.get("validation_metrics") or {}
-        metrics = dict(self.results["metrics"])
-        metrics |= {f"validation_{name}": value for name, value in validation.items()}
-        return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        return {
+            **self.results["metrics"],
+            **{f"validation_{name}": value for name, value in validation.items()},
+        }
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -63,13 +77,19 @@ def read_run(folder: Path) -> FinishedRun:
 def find_runs(paths: Iterable[Path]) -> tuple[list[FinishedRun], list[Path]]:
     """Return the finished runs in or below these folders, each once, and the folders of unfinished ones.
 
+    Runs that were set aside (``seed_42.old-1``) and hidden folders are not looked into, unless they are named.
+
     Raises:
         RunFolderError: one of the paths has no run in it at all.
     """
     finished: dict[Path, FinishedRun] = {}
     unfinished: list[Path] = []
     for path in paths:
-        markers = sorted(path.rglob("config.resolved.toml"))
+        markers = sorted(
+            marker
+            for marker in path.rglob("config.resolved.toml")
+            if not any(_PASSED_OVER.search(part) for part in marker.parent.relative_to(path).parts)
+        )
         if not markers:
             what = "there is no such folder" if not path.exists() else "it is no run, and has none below it"
             raise RunFolderError(f"{path}: {what}")

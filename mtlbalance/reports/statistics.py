@@ -94,11 +94,13 @@ def paired_difference(differences: Sequence[float]) -> PairedDifference:
 def _bootstrap(values: np.ndarray) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
+    # Third powers are taken on the way, which of 1e110 are infinite; scaling by a power of two rounds nothing.
+    _, exponent = np.frexp(np.abs(values).max())
     found = bootstrap(
-        (values,), np.mean, n_resamples=_NUM_BOOTSTRAP, confidence_level=CONFIDENCE, method="BCa",
+        (np.ldexp(values, -exponent),), np.mean, n_resamples=_NUM_BOOTSTRAP, confidence_level=CONFIDENCE, method="BCa",
         rng=np.random.default_rng(_SEED),
-    )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    ).confidence_interval  # fmt: skip
+    return float(np.ldexp(found.low, exponent)), float(np.ldexp(found.high, exponent))
 
 
 def _sign_flip(values: np.ndarray, *, exact: bool) -> float:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtlbalance.config.run_config import FREE_KEYS
 from mtlbalance.errors import MtlBalanceError, RunFolderError, did_you_mean
 from mtlbalance.reports.runs import FinishedRun, find_runs, read_run
 from mtlbalance.sweeps.folder_state import FolderState, folder_states
 from mtlbalance.sweeps.plan import Plan, PlannedAxis, PlannedRun
 
-_SLOT_OPTIONS = ("balancer.", "backbone.", "training.")
+_TRAINED = ("backbone.", "training.")
 
 
 class ReportError(MtlBalanceError):
@@ -91,7 +92,9 @@ def study_of_sweep(plan: Plan, compare: str | None = None) -> Study:
         if state is FolderState.FINISHED
     }
     missing = [run_id for run_id, state in states.items() if state is not FolderState.FINISHED]
-    return _checked(study, missing)
+    checked = _checked(study, missing)
+    checked.notices += _special_cases(checked, plan)
+    return checked
 
 
 def study_of_runs(paths: Sequence[Path]) -> Study:
@@ -134,12 +137,17 @@ def _compared_axis(plan: Plan, compare: str | None) -> PlannedAxis | None:
 
 
 def _level_names(runs: Sequence[FinishedRun]) -> list[str]:
-    """Name each run after its balancer, and the options in which it differs from others with that balancer."""
+    """Name each run after its balancer and the options in which it differs.
+
+    A balancer's own options are compared with those of other runs with that balancer, all others with those of
+    every run: methods that were trained differently are not compared in silence.
+    """
     names = []
     for run in runs:
         method = run.config.get("balancer.name")
         alike = [other for other in runs if other.config.get("balancer.name") == method]
-        names.append(", ".join([str(method), *_differing(run, alike, _SLOT_OPTIONS)]))
+        own, others = _differing(run, alike, ("balancer.",)), _differing(run, runs, _TRAINED)
+        names.append(", ".join([str(method), *own, *others]))
     return names
 
 
@@ -148,14 +156,43 @@ def _stratum_names(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def _differing(run: FinishedRun, others: Sequence[FinishedRun], prefixes: tuple[str, ...]) -> list[str]:
-    keys = sorted({key for other in others for key in other.config if key.startswith(prefixes)})
+    return [
+        _shown(key.partition(".")[2], str(run.config.get(key, "default")))
+        for key in _keys_that_differ(others, prefixes)
+    ]
+
+
+def _keys_that_differ(runs: Sequence[FinishedRun], prefixes: tuple[str, ...]) -> list[str]:
+    """Return the options that decide a result and are not the same in all runs."""
+    keys = {key for run in runs for key in run.config if key.startswith(prefixes)} - FREE_KEYS
     differing = []
-    for key in keys:
-        values = [other.config.get(key) for other in others]
+    for key in sorted(keys):
+        values = [run.config.get(key) for run in runs]
         is_place = any(isinstance(value, str) and Path(value).is_absolute() for value in values)
         if not is_place and any(value != values[0] for value in values):
-            differing.append(_shown(key.partition(".")[2], str(run.config.get(key, "default"))))
+            differing.append(key)
     return differing
+
+
+def _special_cases(study: Study, plan: Plan) -> list[str]:
+    """Say in which options that no axis sets the levels of a sweep differ: its special cases."""
+    varied = {key for axis in plan.axes for key in axis.keys}
+    found: dict[str, list[str]] = {}
+    for stratum in study.strata:
+        runs = {cell.level: run for cell, run in study.runs.items() if cell.stratum == stratum}
+        for key in _keys_that_differ(list(runs.values()), ("dataset.", *_TRAINED)):
+            if key in varied:
+                continue
+            values: dict[str, list[str]] = {}
+            for level in study.levels:
+                if level in runs:
+                    values.setdefault(str(runs[level].config.get(key, "default")), []).append(level)
+            text = "; ".join(f"{value} ({', '.join(levels)})" for value, levels in values.items())
+            found.setdefault(f"{key} is {text}", []).append(stratum)
+    return [
+        f"Not only the {study.compared} differs{' in ' + ', '.join(strata) if any(strata) else ''}: {text}."
+        for text, strata in found.items()
+    ]
 
 
 def _shown(name: str, label: str) -> str:

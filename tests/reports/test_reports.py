@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import tomli_w
 
 from mtlbalance.cli.main import main
+from mtlbalance.cli.output import print_json
 from mtlbalance.reports import make_report, study_of_runs, study_of_sweep
 from mtlbalance.sweeps import read_plan
 
@@ -193,6 +195,87 @@ def test_cautions(tmp_path: Path) -> None:
         "Simulated data: the figures say nothing about the real data set.",
         "The best epoch was chosen on the test set, so every figure is the best of many looks at it.",
     ]
+
+
+def test_a_run_whose_metric_is_no_number_is_said(sweep: Path, call: Call) -> None:
+    """A mean without the run that diverged flatters the method."""
+    folders = [sweep / "FD001" / "gaba" / f"seed_{seed}" for seed in (1, 2)]
+    for folder, value in zip(
+        folders, (None, math.nan), strict=True
+    ):  # as it is recorded, and as others might
+        document = json.loads((folder / "results.json").read_text())
+        document["metrics"]["rmse"] = value
+        (folder / "results.json").write_text(json.dumps(document))
+    [metric] = make_report(study_of_sweep(read_plan(sweep))).metrics
+    assert metric.sentences[0] == (
+        "2 of 12 finished runs have no finite rmse, and are in none of its figures, which may look better for it: "
+        "FD001, gaba, 1; FD001, gaba, 2."
+    )
+    assert {item.paired.n for item in metric.differences if item.stratum == "FD001"} == {1}
+    assert metric.num_ranked == 4
+    code, _, err = call("sweep", "report", sweep, "--metric", "broken")
+    assert code == 2
+    assert "error: 'broken' is a finite number in no run; there are accuracy, rmse, score" in err
+
+
+def test_a_baseline_without_runs_is_said(sweep: Path) -> None:
+    for path in sweep.glob("*/fixed/*/results.json"):
+        path.unlink()
+    [metric] = make_report(study_of_sweep(read_plan(sweep))).metrics
+    assert metric.differences == []
+    assert metric.sentences[:2] == [
+        "No run of fixed has rmse, so nothing is compared with it; --baseline names another.",
+        "No data and seed has a run of every method, so there are no ranks.",
+    ]
+
+
+def test_seeds_without_a_partner_are_said(tmp_path: Path) -> None:
+    for method, seeds in (("fixed", (1, 2)), ("gaba", (3, 4))):
+        for seed in seeds:
+            write_run(tmp_path / f"{method}{seed}", 1.0, config_of("FD001", method, seed))
+    [metric] = make_report(study_of_runs([tmp_path])).metrics
+    assert metric.sentences == [
+        "Not compared with fixed, for want of a run on the same data with the same seed: gaba.",
+        "No data and seed has a run of every method, so there are no ranks.",
+    ]
+
+
+def test_methods_that_were_trained_differently_are_named_so(tmp_path: Path) -> None:
+    for method, epochs in (("fixed", 40), ("gaba", 500)):
+        for seed, workers in ((1, 0), (2, 4)):
+            config = config_of("FD001", method, seed)
+            config["training"] = {"epochs": epochs, "num_workers": workers}  # the latter decides nothing
+            write_run(tmp_path / f"{method}{seed}", 1.0, config)
+    assert study_of_runs([tmp_path]).levels == ["fixed, epochs 40", "gaba, epochs 500"]
+
+
+def test_special_cases_of_a_sweep_are_said(sweep: Path) -> None:
+    for seed in (1, 2, 3):
+        path = sweep / "FD002" / "gaba" / f"seed_{seed}" / "config.resolved.toml"
+        path.write_text(path.read_text().replace("epochs = 3", "epochs = 7"))
+    plan = read_plan(sweep)
+    assert study_of_sweep(plan).notices == [
+        "Not only the method differs in FD002: training.epochs is 3 (fixed); 7 (gaba)."
+    ]
+    assert study_of_sweep(plan, compare="subset").notices == [
+        "Not only the subset differs in gaba: training.epochs is 3 (FD001); 7 (FD002)."
+    ]
+
+
+def test_runs_that_were_set_aside_are_passed_over(sweep: Path) -> None:
+    run = sweep / "FD001" / "gaba" / "seed_1"
+    for name in ("seed_1.old-1", ".seed_1-half"):
+        config = config_of("FD001", "gaba", 1)
+        config["training"]["epochs"] = 9
+        write_run(run.with_name(name), 1.0, config)
+    assert study_of_runs([sweep]).levels == ["fixed", "gaba"]
+    assert make_report(study_of_runs([run.with_name("seed_1.old-1")])).num_runs == 1  # asked for by name
+
+
+def test_json_has_no_nan(capfd: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": math.nan, "b": [1.0, -math.inf], "c": (Path("x"), None)})
+    out = capfd.readouterr().out
+    assert json.loads(out, parse_constant=pytest.fail) == {"a": None, "b": [1.0, None], "c": ["x", None]}
 
 
 def test_the_commands(sweep: Path, call: Call) -> None:

@@ -103,6 +103,42 @@ def test_an_interval_lies_around_the_mean_and_is_the_same_again() -> None:
     assert found.high - found.low == pytest.approx(width, rel=0.34)
 
 
+@pytest.mark.parametrize("scale", [2.0**-500, 2.0**366])
+def test_the_interval_has_the_scale_of_the_differences(scale: float) -> None:
+    differences = [0.3, -0.1, 0.7, 0.4, 0.2, 0.6]
+    ordinary, found = (
+        paired_difference(differences),
+        paired_difference([scale * value for value in differences]),
+    )
+    assert found.low is not None
+    assert found.high is not None
+    assert (found.low / scale, found.high / scale) == (ordinary.low, ordinary.high)
+
+
+def test_the_interval_is_that_of_an_independent_bca() -> None:
+    """Efron 1987: bias from the share of resampled means below, acceleration from the jackknife."""
+    values = np.random.default_rng(5).exponential(1.0, 12)
+    n, mean = len(values), values.mean()
+    resampled = values[np.random.default_rng(6).integers(0, n, (100_000, n))].mean(axis=1)
+    below = (np.mean(resampled < mean) + np.mean(resampled <= mean)) / 2
+    bias = scipy.stats.norm.ppf(below)
+    jackknife = np.array([np.delete(values, index).mean() for index in range(n)])
+    away = jackknife.mean() - jackknife
+    acceleration = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
+    ends = []
+    for tail in (0.025, 0.975):
+        z = bias + scipy.stats.norm.ppf(tail)
+        ends.append(np.quantile(resampled, scipy.stats.norm.cdf(bias + z / (1 - acceleration * z))))
+    found = paired_difference(list(values))
+    assert found.low is not None
+    assert found.high is not None
+    width = ends[1] - ends[0]
+    assert (found.low, found.high) == (
+        pytest.approx(ends[0], abs=0.04 * width),
+        pytest.approx(ends[1], abs=0.04 * width),
+    )
+
+
 def test_too_few_or_equal_differences() -> None:
     alone = paired_difference([2.5])
     assert (alone.n, alone.mean, alone.low, alone.p_value) == (1, 2.5, None, None)
