@@ -107,6 +107,11 @@ class MissingExtraError(MtlBalanceError):
     """Something optional is asked for whose packages are not installed; the text names the extra."""
 
 
+def exit_code_of(error: BaseException | None) -> int:
+    """Return the exit code of the process that an error ends: 0 without one, 1 for one that is not ours."""
+    return 0 if error is None else error.exit_code if isinstance(error, MtlBalanceError) else 1
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or an empty string.
 

@@ -26,4 +26,9 @@ def run_cli() -> NoReturn:
     # Read by OpenMP when torch is imported. Threads that spin while they wait starve whatever else runs on the
     # machine, and are starved by it: a step can take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(main())
+    code = main()
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody reads it any more: at exit, Python would put a code of its own in place of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(code)

@@ -9,7 +9,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -70,8 +70,19 @@ def _strict(value: Any) -> Any:
 
 
 def print_stderr(text: str) -> None:
-    """Print a message, coloured in a terminal, exactly as it is elsewhere."""
-    console = Console(stderr=True, highlight=False)
+    """Print a message, coloured in a terminal, exactly as it is elsewhere; where nobody can read it, nothing."""
+    with suppress(OSError):  # a terminal or a pipe that is gone: the exit code still tells
+        _print_styled(text)
+
+
+class _Stderr(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it an OSError; rich would end the process, with a code of its own and stdout closed."""
+        raise  # called where a BrokenPipeError is being handled
+
+
+def _print_styled(text: str) -> None:
+    console = _Stderr(stderr=True, highlight=False)
     for line in text.splitlines():
         word, style = _leading_style(line)
         styled = Text(line)
@@ -120,7 +131,8 @@ def report_stop(message: str, code: int, *, as_json: bool) -> None:
 def report_internal_error(error: BaseException, *, as_json: bool) -> None:
     """Print a fault of mtlbalance or of a plugin: one line, then the traceback for whoever mends it."""
     line = f"internal error: {type(error).__name__}: {error}"
-    print("".join(traceback.format_exception(error)), file=sys.stderr, end="")
+    with suppress(OSError):
+        print("".join(traceback.format_exception(error)), file=sys.stderr, end="")
     print_stderr(f"error: {line}\nhelp: this is a fault in mtlbalance or in a plugin; the traceback is above")
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": line, "exit_code": 1}})

@@ -6,12 +6,14 @@ Both ways draw one permutation an epoch from the same seeded generator, so they 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from mtlbalance.datasets.in_memory import InMemoryDataset
 from mtlbalance.errors import DataError
@@ -147,8 +149,8 @@ class _LoadedBatches:
         shares = list(self._order.shares(numbers, self._team))
         batches = [index.tolist() for index, _, _ in shares]
         pin = self._device.type == "cuda"
-        loader = _loader(SeededSamples(self._dataset, seed), batches, self._num_workers, pin_memory=pin)
-        for (inputs, targets, _), (_, size, weight) in zip(loader, shares, strict=True):
+        loaded = _loaded(SeededSamples(self._dataset, seed), batches, self._num_workers, pin_memory=pin)
+        for (inputs, targets, _), (_, size, weight) in zip(loaded, shares, strict=True):
             yield Batch(
                 inputs.to(self._device, non_blocking=True),
                 {name: column.to(self._device, non_blocking=True) for name, column in targets.items()},
@@ -205,7 +207,7 @@ class EvaluationBatches:
             return
         samples = SeededSamples(self._dataset, seed=0)
         batches = [index.tolist() for index in _split(torch.arange(len(samples)), self._batch_size)]
-        for inputs, targets, meta in _loader(samples, batches, self._num_workers):
+        for inputs, targets, meta in _loaded(samples, batches, self._num_workers):
             yield inputs.to(self._device), targets, meta
 
 
@@ -213,14 +215,29 @@ def _split(numbers: Tensor, size: int) -> tuple[Tensor, ...]:
     return torch.split(numbers, size) if len(numbers) else ()
 
 
-def _loader(
+def _loaded(
     samples: SeededSamples, batches: list[list[int]], num_workers: int, *, pin_memory: bool = False
-) -> DataLoader[Any]:
+) -> Iterator[Any]:
     # Its own generator: a loader without one draws from torch's global one, which belongs to training.
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         samples, batch_sampler=batches, num_workers=num_workers, worker_init_fn=_leave_ctrl_c_to_the_run,
         generator=Generator().manual_seed(0), pin_memory=pin_memory,
     )  # fmt: skip
+    loaded = iter(loader)
+    _notice_deaths_when_reading()
+    yield from loaded
+
+
+def _notice_deaths_when_reading() -> None:
+    """Undo torch's handler for a loading process that dies, which raises wherever the run is at that moment.
+
+    In the middle of a step or of a write nothing can be saved. Without it the death is noticed where the batch is
+    missed, within seconds.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    if getattr(signal.getsignal(signal.SIGCHLD), "__module__", "") == signal_handling.__name__:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _leave_ctrl_c_to_the_run(_: int) -> None:

@@ -14,7 +14,7 @@ from mtlbalance.plugins.references import build_plugin
 from mtlbalance.slots import MultiTaskData, Sample, TaskSpec
 from mtlbalance.training.batches import count_samples
 from mtlbalance.training.metrics import check_metrics
-from mtlbalance.training.samples import SeededSamples, reading
+from mtlbalance.training.samples import first_input, reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,14 +58,9 @@ def named_sets(data: MultiTaskData) -> dict[str, Dataset[Sample]]:
 def describe_inputs(data: MultiTaskData) -> dict[str, Any]:
     """Return what one input is, as JSON values: with it, a run's model can be built where its data is not."""
     watched = data.test if data.validation is None else data.validation
-    if isinstance(watched, InMemoryDataset):
-        dtype = watched.inputs.dtype
-    else:
-        [(inputs, _, _)] = SeededSamples(watched, seed=0).__getitems__([0])
-        dtype = inputs.dtype
     return {
         "shape": list(data.inputs.shape),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(first_input(watched).dtype).removeprefix("torch."),
         "description": data.inputs.description,
         "feature_names": list(data.inputs.feature_names),
     }

@@ -6,10 +6,14 @@ import warnings
 from typing import Any
 
 from mtlbalance.training.record import EventLog
+from mtlbalance.training.seeding import rng_state, set_rng_state
 
 
 class Observers:
     """Calls the hooks ``on_run_start``, ``on_epoch_end`` and ``on_run_end`` of every plugin that has them.
+
+    What they draw at random leaves the generators of training alone: an observer is told of an epoch once, so a run
+    that is resumed after it would go on from other numbers.
 
     Args:
         hook: pluggy's hook relay; None, on all ranks but the first: nobody is told.
@@ -23,9 +27,10 @@ class Observers:
 
     def notify(self, event: str, **arguments: Any) -> None:
         """Call one hook; every plugin gets its own chance to fail."""
-        if self._hook is None:
+        if self._hook is None or not (found := getattr(self._hook, event).get_hookimpls()):
             return
-        for implementation in reversed(getattr(self._hook, event).get_hookimpls()):
+        generators = rng_state()
+        for implementation in reversed(found):
             name = implementation.plugin_name
             if name in self._disabled:
                 continue
@@ -41,3 +46,4 @@ class Observers:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+        set_rng_state(generators)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from rich.console import Console, Group
@@ -153,12 +154,57 @@ class Bar(ProgressReport):
             self._live.refresh()
 
 
+class UntilItFails(ProgressReport):
+    """Shows what another report shows, until that cannot be written: training goes on without it.
+
+    A terminal that was closed, or the end of a pipe that is gone, must not cost a run.
+    """
+
+    def __init__(self, report: ProgressReport) -> None:
+        self._report = report
+
+    def notice(self, text: str) -> None:
+        """Pass it on."""
+        with self._giving_up():
+            self._report.notice(text)
+
+    def start(self, shape: RunShape) -> None:
+        """Pass it on."""
+        with self._giving_up():
+            self._report.start(shape)
+
+    def step(self, epoch: int, step: int, read_losses: Callable[[], Mapping[str, float]]) -> None:
+        """Pass it on."""
+        with self._giving_up():
+            self._report.step(epoch, step, read_losses)
+
+    def epoch(self, row: Mapping[str, float | None], weights: Mapping[str, float], best: str) -> None:
+        """Pass it on."""
+        with self._giving_up():
+            self._report.epoch(row, weights, best)
+
+    def stop(self) -> None:
+        """Pass it on."""
+        with self._giving_up():
+            self._report.stop()
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            failed, self._report = self._report, ProgressReport()
+            with suppress(OSError):
+                failed.stop()
+
+
 def make_progress(*, quiet: bool) -> ProgressReport:
     """Return the report that fits where stderr goes."""
     if quiet:
         return ProgressReport()
     console = Console(stderr=True)
-    return Bar(console) if console.is_terminal and not console.is_dumb_terminal else PlainLines()
+    bar = console.is_terminal and not console.is_dumb_terminal
+    return UntilItFails(Bar(console) if bar else PlainLines())
 
 
 def _title(shape: RunShape, epoch: int) -> str:

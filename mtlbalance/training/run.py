@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mtlbalance.errors import DataError, MtlBalanceError, RunFolderError
+from mtlbalance.errors import DataError, MtlBalanceError, RunFolderError, exit_code_of
 from mtlbalance.slots import MultiTaskData
 from mtlbalance.training import atomic
 from mtlbalance.training.batches import training_batches
@@ -235,9 +235,12 @@ class _Session:
             with suppress(RunFolderError):
                 self.log.write("interrupted", by=type(interruption).__name__, last_finished_epoch=state.epoch)
             raise
-        except MtlBalanceError as error:
+        except Exception as error:
+            reason = str(error) if isinstance(error, MtlBalanceError) else f"{type(error).__name__}: {error}"
             with suppress(RunFolderError):  # what failed may be the disk
-                self.log.write("failed", reason=str(error), last_finished_epoch=state.epoch)
+                self.log.write(
+                    "failed", reason=reason, exit_code=exit_code_of(error), last_finished_epoch=state.epoch
+                )
             raise
         finally:
             self.progress.stop()

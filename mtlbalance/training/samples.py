@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtlbalance.errors import DataError, TrainingError
@@ -49,6 +50,13 @@ class SeededSamples(Dataset[Any]):
                 _seed_cpu(sample_seed(self.seed, index))
                 samples.append(self.dataset[index])
             return samples
+
+
+def first_input(dataset: Dataset[Any]) -> Tensor:
+    """Return the input of sample 0, whatever it draws at random leaving the generators alone."""
+    [sample] = SeededSamples(dataset, seed=0).__getitems__([0])
+    inputs: Tensor = sample[0]
+    return inputs
 
 
 def sample_seed(epoch_seed: int, index: int) -> int:

@@ -145,7 +145,10 @@ class TrainingStep:
         """Raise NonFiniteError if a weight or a buffer is not finite: that must not reach a checkpoint."""
         tensors = [tensor.detach() for tensor in (*self._parameters, *self.state.model.buffers())]
         norm = nn.utils.get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()])
-        if not bool(torch.isfinite(norm)):
+        (bad,) = self._team.largest(
+            int(not bool(torch.isfinite(norm)))
+        )  # each rank has running statistics of its own
+        if bad:
             raise NonFiniteError(
                 f"the model's weights or buffers became non-finite in epoch {epoch} (from 0); training stopped, the "
                 "checkpoints of earlier epochs are intact. Lower training.lr, or set training.grad_clip"

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _PREEMPTED_EXIT_CODE = 75
@@ -16,8 +16,9 @@ class StopRequest:
     """Whether this process was asked to stop.
 
     Training defers the first signal, so that it can finish its step and write a checkpoint; anywhere else, and at
-    the second signal, an exception is raised at once: KeyboardInterrupt at Ctrl-C, else SystemExit with the code
-    of a pre-empted run. Either leaves what is on disk as it was, for every write is atomic.
+    a Ctrl-C that follows, an exception is raised at once: KeyboardInterrupt at Ctrl-C, else SystemExit with the code
+    of a pre-empted run. Either leaves what is on disk as it was, for every write is atomic. Only a person hurries:
+    whoever stops a whole group of processes (a scheduler, torchrun) may send SIGTERM to each of them twice.
     """
 
     def __init__(self) -> None:
@@ -29,8 +30,12 @@ class StopRequest:
         """Take in a signal."""
         first = self.signum == 0
         self.signum = self.signum or signum
-        if self._deferring and first:
-            os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
+        if self._deferring and (first or signum != signal.SIGINT):
+            if first:
+                with suppress(
+                    OSError
+                ):  # who read it may have ended at the same Ctrl-C, as in `... | tee log`
+                    os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C stops at once\n")
             return
         self.raised = True
         raise stop_exception(signum)

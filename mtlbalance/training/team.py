@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtlbalance.errors import DeviceError, MtlBalanceError, OtherRankError
+from mtlbalance.errors import DeviceError, OtherRankError, exit_code_of
 
 T = TypeVar("T")
 
@@ -119,12 +119,11 @@ class RankTeam(Team):
         return name
 
     def _raise(self, error: Exception | None) -> None:
-        exit_code = None if error is None else error.exit_code if isinstance(error, MtlBalanceError) else 1
-        box = [exit_code]
+        box = [exit_code_of(error)]
         dist.broadcast_object_list(box, src=0)
         if error is not None:
             raise error
-        if box[0] is not None:
+        if box[0]:
             raise OtherRankError("rank 0 could not go on; see its message", box[0])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mtlbalance.config.sections import TrainingSection
-from mtlbalance.errors import DataError, NonFiniteError, TrainingError
+from mtlbalance.errors import DataError, NonFiniteError, OtherRankError, TrainingError, exit_code_of
 from mtlbalance.slots import MultiTaskData
 from mtlbalance.training.batches import Batch, EvaluationBatch, EvaluationBatches, TrainingBatches
 from mtlbalance.training.checkpoints import Checkpoints
@@ -21,7 +21,7 @@ from mtlbalance.training.observers import Observers
 from mtlbalance.training.parallel import average_over_ranks
 from mtlbalance.training.progress import ProgressReport
 from mtlbalance.training.record import CsvTable, EventLog, Row
-from mtlbalance.training.samples import reading
+from mtlbalance.training.samples import first_input, reading
 from mtlbalance.training.schedules import adapt_weight_decay, warm_up_learning_rate
 from mtlbalance.training.seeding import rng_state, set_rng_state
 from mtlbalance.training.state import RunState, UnfinishedEpoch
@@ -85,8 +85,9 @@ class Trainer:
         self.log = log
         forward: nn.Module = state.model
         if team.size > 1:
-            forward = average_over_ranks(state.model, data.train[0][0].unsqueeze(0))
+            forward = average_over_ranks(state.model, first_input(data.train).unsqueeze(0))
         self._step = TrainingStep(state, data.tasks, training, device, forward, team)
+        self._unevaluated: Exception | None = None
         self._saved_at = self._session_began = time.monotonic()
 
     def fit(self) -> StopReason:
@@ -115,9 +116,9 @@ class Trainer:
             return "early-stop"  # killed between the last checkpoint and the results
         for epoch in range(state.epoch + 1, training.epochs):
             self._epoch(epoch)
+            self._leave_if_asked()
             if state.early_stopping.exhausted(epoch):  # 14 early stop, last
                 return "early-stop"
-            self._leave_if_asked()
         return "epochs"
 
     def _open_tables(self) -> None:
@@ -134,7 +135,7 @@ class Trainer:
             self._train(epoch, unfinished)  # 3-10 a batch at a time
         assert unfinished.row is not None
 
-        metrics = self._evaluate()  # 11 evaluation with the EMA weights
+        metrics = self._evaluate(unfinished)  # 11 evaluation with the EMA weights
         key_value = metrics[self.data.key_metric]
         if epoch >= training.warmup_epochs:
             state.plateau.step(key_value)  # 12 plateau schedule, only after warm-up
@@ -153,9 +154,9 @@ class Trainer:
         self.observers.notify("on_epoch_end", run_dir=self.run_dir, epoch=epoch, metrics=dict(row))
 
     def _keep(self, row: Row, stats_row: Row, generators: list[dict[str, Any]], is_best: bool) -> None:
-        self._metrics_csv.append(row)
-        self._stats_csv.append(stats_row)
         self.checkpoints.save(self.state, generators, is_best=is_best)
+        self._metrics_csv.append(row)  # after it: what a kill keeps from the tables, a resume puts there
+        self._stats_csv.append(stats_row)
 
     def _train(self, epoch: int, unfinished: UnfinishedEpoch) -> None:
         """Stages 3 to 10, from the first batch that is not done yet."""
@@ -169,7 +170,9 @@ class Trainer:
             "lr": float(group["lr"]),
             "weight_decay": float(group["weight_decay"]),
         }
-        for batch in self._training_batches(unfinished.batches):  # 3 fetch
+        first = unfinished.batches
+        batches = self._training_batches(first)
+        while (batch := self._next(batches, unfinished, first)) is not None:  # 3 fetch
             index = unfinished.batches
             skipped = self._step(batch, unfinished.losses, epoch, measure=index == last)  # 4-10
             if skipped:
@@ -179,12 +182,6 @@ class Trainer:
                 unfinished.stats_row = state.stats.row(epoch, state.step)
             unfinished.batches += 1
             self.progress.step(epoch, index, unfinished.losses.means)
-            overdue = time.monotonic() - self._saved_at >= 60 * self.training.checkpoint_minutes
-            signum, due = self.team.largest(self.stop.signum, int(overdue))
-            if signum or due:
-                self._save(unfinished)
-            if signum:
-                raise stop_exception(signum)
         state.balancer.end_epoch()
         unfinished.losses.check(epoch)
         self._step.check_weights(epoch)
@@ -192,41 +189,53 @@ class Trainer:
         unfinished.row = {**row, "step": state.step, **unfinished.losses.means()}
 
     def _training_batches(self, first: int) -> Iterator[Batch]:
-        """Yield the rest of the epoch; where no more can be read, what was trained so far is saved."""
-        batches = reading(self.batches.epoch(first), self.dataset, "training")
-        try:
-            with names_out_of_memory(
-                "reading a training batch", "training.batch_size or training.num_workers"
-            ):
-                yield from batches
-        except (DataError, TrainingError):
-            unfinished = self.state.unfinished
-            if (
-                self.team.size == 1 and unfinished is not None and unfinished.batches
-            ):  # other ranks are in a step
-                self._save(unfinished)
-                self._leave_if_asked()  # a process that loads samples may have died of the same signal
-            raise
+        with names_out_of_memory("reading a training batch", "training.batch_size or training.num_workers"):
+            yield from reading(self.batches.epoch(first), self.dataset, "training")
 
-    def _evaluate(self) -> dict[str, float]:
-        """Evaluate on rank 0; asked to stop meanwhile, save the run as it was before, and stop."""
+    def _next(self, batches: Iterator[Batch], unfinished: UnfinishedEpoch, first: int) -> Batch | None:
+        """Read the next batch, None at the end; here, between two steps, ranks agree on whether they go on.
+
+        What was trained since batch ``first`` is saved where they do not, because of a signal or of a batch that one
+        of them cannot read, and where a checkpoint is due.
+        """
+        batch, failure = None, None
+        if not self.stop.signum:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                failure = error
+        overdue = time.monotonic() - self._saved_at >= 60 * self.training.checkpoint_minutes
+        signum, failed, due = self.team.largest(self.stop.signum, exit_code_of(failure), int(overdue))
+        if (signum or failed or due) and unfinished.batches > first:
+            self._save(unfinished)
+        if signum:  # first: a process that loads samples may have died of the same signal
+            raise stop_exception(signum)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise OtherRankError("another rank cannot read its batch; see its message", failed)
+        return batch
+
+    def _evaluate(self, unfinished: UnfinishedEpoch) -> dict[str, float]:
+        """Evaluate on rank 0; asked to stop meanwhile, or unable to, save the run as it was before, and stop."""
         generators = rng_state()
-        metrics = self.team.shared(self._evaluate_here)
-        if metrics is None:
-            set_rng_state(generators)
-            assert self.state.unfinished is not None
-            self._save(self.state.unfinished)
-            self._leave_if_asked()
-            raise AssertionError("an evaluation ends early only when a stop was asked for")
-        return metrics
+        found = self.team.shared(self._evaluate_here)
+        if isinstance(found, dict):
+            return found
+        set_rng_state(generators)
+        self._save(unfinished)
+        self._leave_if_asked()
+        raise self._unevaluated or OtherRankError("rank 0 could not evaluate; see its message", found)
 
-    def _evaluate_here(self) -> dict[str, float] | None:
+    def _evaluate_here(self) -> dict[str, float] | int:
+        """Return the metrics, or the exit code of what is in the way."""
         try:
             with names_out_of_memory("the evaluation", "training.eval_batch_size"):
                 (predictions,) = predict([self.state.ema], self._watched_batches())
                 return score(self.data, predictions)
-        except _StopRequestedError:
-            return None
+        except (_StopRequestedError, DataError, TrainingError) as error:
+            self._unevaluated = error
+            return exit_code_of(error)
 
     def _watched_batches(self) -> Iterator[EvaluationBatch]:
         which = "test" if self.data.validation is None else "validation"

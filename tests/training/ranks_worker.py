@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mtlbalance.config import load_config
+from mtlbalance.config import RunConfig, load_config
 from mtlbalance.errors import MtlBalanceError
 from mtlbalance.training import run_training
 
@@ -41,6 +41,15 @@ def terminated_after(steps: int | None) -> Iterator[None]:
         handle.remove()
 
 
+def run_and_note(config: RunConfig, out: Path, rank: int) -> None:
+    """Run, and leave the error there is, if any, beside the folder."""
+    try:
+        run_training(config, out=out, quiet=True)
+    except MtlBalanceError as error:
+        text = f"{error.exit_code} {type(error).__name__} {error}"
+        out.with_name(f"{out.name}.rank{rank}").write_text(text)
+
+
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     os.environ["LOCAL_RANK"] = str(rank)
@@ -59,11 +68,15 @@ def main() -> None:
             if name.startswith("stopped"):  # by a signal to the last rank alone
                 with terminated_after(2 if rank == world - 1 else None), pytest.raises(SystemExit):
                     run_training(config, out=folder / name, quiet=True)
-            try:
+            if name.startswith("unreadable"):  # a sample of the third batch, on the last rank alone
+                plugin = sys.modules["training_plugin"]
+                plugin.reads.clear()
+                plugin.unreadable_after = 2 + 8 + 8 + 2 if rank == world - 1 else None
+                run_and_note(config, folder / name, rank)
+                plugin.unreadable_after = None
                 run_training(config, out=folder / name, quiet=True)
-            except MtlBalanceError as error:
-                text = f"{error.exit_code} {type(error).__name__} {error}"
-                (folder / f"{name}.rank{rank}").write_text(text)
+            else:
+                run_and_note(config, folder / name, rank)
     gc.collect()
     dist.destroy_process_group()
 

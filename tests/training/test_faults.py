@@ -36,6 +36,22 @@ def test_a_dataset_that_cannot_be_read_is_named_and_the_run_goes_on_from_there(
     assert_same(whole, tmp_path / "run")
 
 
+def test_an_epoch_that_cannot_be_evaluated_is_not_trained_again(
+    configure: Any, plugin: Any, assert_same: Any, tmp_path: Path
+) -> None:
+    config = configure("dataset.storage=items", "training.epochs=2")
+    whole = run_training(config, out=tmp_path / "whole", quiet=True).run_dir
+    plugin.reads.clear()
+    plugin.unreadable_set, plugin.unreadable_after = "validation", 10
+    with pytest.raises(DataError, match=r"could not read its validation set"):
+        run_training(config, out=tmp_path / "run", quiet=True)
+    plugin.unreadable_after = None
+    plugin.reads.clear()
+    run_training(config, out=tmp_path / "run", quiet=True)
+    assert plugin.reads["train"] == 1 + 60  # one to see that its targets fit, and the second epoch
+    assert_same(whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("override", "phase", "lower"),
     [

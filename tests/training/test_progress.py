@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from mtlbalance.training import run_training
-from mtlbalance.training.progress import Bar, RunShape
+from mtlbalance.training.progress import Bar, PlainLines, ProgressReport, RunShape, UntilItFails
 
 
 def test_a_line_an_epoch_where_there_is_no_terminal(
@@ -48,3 +50,22 @@ def test_the_bar_shows_epoch_losses_weights_and_key_metric() -> None:
         "best 18.25 at epoch 1", "something to know", "left",
     ):  # fmt: skip
         assert part in shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("form", ["lines", "bar"])
+def test_what_cannot_be_shown_does_not_end_a_run(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as raw:
+        full = io.TextIOWrapper(raw, write_through=True)
+        monkeypatch.setattr(sys, "stderr", full)
+        bar = Bar(Console(file=full, force_terminal=True, width=100))
+        inner: ProgressReport = bar if form == "bar" else PlainLines()
+        with pytest.raises(OSError, match="No space left"):
+            inner.notice("lost")
+        report = UntilItFails(inner)
+        report.notice("lost")
+        report.start(RunShape("trial", ("rul",), "rmse", epochs=4, steps=10, first_epoch=0))
+        report.step(0, 3, dict)
+        report.epoch({"epoch": 0, "rmse": 1.0}, {"rul": 1.0}, "best")
+        report.stop()
+        full.detach()

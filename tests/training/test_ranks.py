@@ -83,6 +83,8 @@ def _run_everything(folder: Path, config_text: str) -> None:
     runs["unmeasured"] = [*options_of("gaba"), "balancer.sync=none"]
     for name in ("noisy", "stopped"):  # BatchNorm and dropout
         runs[name] = ["training.epochs=2", "dataset.samples=41", "balancer.name=rgw"]
+    for name in ("augmented", "unreadable"):
+        runs[name] = [*runs["noisy"], "dataset.storage=items", "dataset.noise=0.1"]
     runs["locked"] = []
     with open_run_folder(folder / "two" / "locked") as locked:
         locked.config_path.write_text("")
@@ -130,6 +132,19 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(ranks: Path, asse
     log = (ranks / "two" / "stopped" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in log] == ["started", "interrupted", "resumed", "finished"]
     assert json.loads(log[2])["after_step"] == 2
+
+
+def test_a_sample_that_one_rank_cannot_read_ends_all_of_them_and_what_was_trained_is_saved(
+    ranks: Path, assert_same: Any
+) -> None:
+    """With random samples and dropout: reading one to look at its shape must not move the generators either."""
+    messages = [(ranks / "two" / f"unreadable.rank{rank}").read_text() for rank in range(2)]
+    assert messages[0] == "2 OtherRankError another rank cannot read its batch; see its message"
+    assert messages[1].startswith("2 DataError dataset 'pairs' could not read its training set: OSError")
+    log = [json.loads(line) for line in (ranks / "two" / "unreadable" / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in log] == ["started", "failed", "resumed", "finished"]
+    assert (log[1]["exit_code"], log[2]["after_step"]) == (2, 2)
+    assert_same(ranks / "two" / "augmented", ranks / "two" / "unreadable")
 
 
 def test_so_does_a_data_loader_with_random_samples(

@@ -44,6 +44,18 @@ def test_resuming_is_bit_exact(
     assert events == ["started", "interrupted", "resumed", "interrupted", "resumed", "finished"]
 
 
+def test_what_an_observer_draws_at_random_changes_nothing(
+    configure: Any, plugin: Any, assert_same: Any, tmp_path: Path
+) -> None:
+    """It is told of an epoch after that epoch's checkpoint; a network with dropout would see its draws."""
+    whole = run_training(configure(), out=tmp_path / "whole", quiet=True).run_dir
+    plugin.observer_draws, plugin.interrupt_after = True, 3
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(), out=tmp_path / "parts", quiet=True)
+    plugin.interrupt_after = None
+    assert_same(whole, run_training(configure(), out=tmp_path / "parts", quiet=True).run_dir)
+
+
 def test_rows_beyond_the_checkpoint_are_cut_back(
     configure: Any, plugin: Any, assert_same: Any, tmp_path: Path
 ) -> None:

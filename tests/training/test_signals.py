@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mtlbalance.errors import TrainingError
 from mtlbalance.training import run_training
 from mtlbalance.training.checkpoints import Checkpoints
 from mtlbalance.training.stopping import StopRequest
@@ -109,10 +113,11 @@ def test_before_and_after_training_it_stops_at_once(
     assert_same(whole, tmp_path / "parts")
 
 
-def test_a_second_signal_does_not_wait() -> None:
+def test_a_second_ctrl_c_does_not_wait() -> None:
     request = StopRequest()
     with request.deferred():
         request.receive(signal.SIGTERM)
+        request.receive(signal.SIGTERM)  # from a scheduler, and from torchrun as well
         assert request.signum == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             request.receive(signal.SIGINT)
@@ -134,7 +139,7 @@ def test_ctrl_c_twice_leaves_a_step_that_hangs(configure: Any, plugin: Any, tmp_
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "once more stops at once" in err
+    assert "Ctrl-C stops at once" in err
     assert "Traceback" not in err
 
 
@@ -162,3 +167,55 @@ def test_ctrl_c_reaches_the_whole_group(
     assert events_of(tmp_path / "run")[-1] == "interrupted"
     run_training(config, out=tmp_path / "run", quiet=True)
     assert_same(run_training(config, out=tmp_path / "whole", quiet=True).run_dir, tmp_path / "run")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_loading_processes_that_die_in_the_middle_of_a_step(
+    configure: Any, plugin: Any, assert_same: Any, tmp_path: Path, signum: int
+) -> None:
+    """SIGTERM to every process of a run, as from a scheduler; or SIGKILL to those that load, for want of memory."""
+    config = configure(
+        "dataset.storage=items", "training.num_workers=1", "dataset.samples=200", "training.epochs=2"
+    )
+    whole = run_training(config, out=tmp_path / "whole", quiet=True).run_dir
+    steps = itertools.count(1)
+
+    def hurt(*_: Any) -> None:
+        if next(steps) != 3:
+            return
+        for child in multiprocessing.active_children():
+            subprocess.run(["kill", f"-{signum:d}", str(child.pid)], check=True)  # not by its parent
+            time.sleep(0.1)  # not joined: torch finds out by itself
+        if signum == signal.SIGTERM:
+            os.kill(os.getpid(), signum)
+
+    handle = register_optimizer_step_post_hook(hurt)
+    try:
+        with pytest.raises((SystemExit, TrainingError), match=r"75|samples of dataset 'pairs' has died"):
+            run_training(config, out=tmp_path / "parts", quiet=True)
+    finally:
+        handle.remove()
+    saved = Checkpoints(tmp_path / "parts" / "checkpoints").latest()
+    assert saved is not None
+    assert saved.state["unfinished"]["batches"] >= 3  # of 13; what had been loaded by then is trained on
+    run_training(config, out=tmp_path / "parts", quiet=True)
+    assert_same(whole, tmp_path / "parts")
+
+
+def test_a_signal_counts_although_nobody_reads_what_the_run_says(
+    configure: Any, plugin: Any, tmp_path: Path
+) -> None:
+    """As in ``mtlbalance run ... 2>&1 | tee log``, where Ctrl-C ends ``tee`` first."""
+    config = configure("training.epochs=2000")
+    command = [sys.executable, "-m", "mtlbalance", "run", str(config.source), "training.epochs=2000",
+               "--out", str(tmp_path / "run")]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.stderr is not None
+    process.stderr.close()
+    time.sleep(0.1)  # epochs that cannot be shown
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert events_of(tmp_path / "run") == ["started", "interrupted"]

@@ -38,7 +38,9 @@ interrupt_after: int | None = None
 observer_fails_in = ""
 data_source = "made-up"
 input_shift = 0.0
-unreadable_after: int | None = None  # training samples
+observer_draws = False
+unreadable_set = "train"
+unreadable_after: int | None = None  # samples of that set
 damage_after: tuple[int, str] | None = None  # epoch, file
 hangs_at: int | None = None
 run_folder: Path | None = None
@@ -66,7 +68,11 @@ class Items(Dataset[Any]):
         if index == hangs_at and reads[self.which] > 1:  # the first is read to see that targets fit
             Path("hanging" if run_folder is None else run_folder / "hanging").touch()
             time.sleep(60)
-        if self.which == "train" and unreadable_after is not None and reads["train"] > unreadable_after:
+        if (
+            self.which == unreadable_set
+            and unreadable_after is not None
+            and reads[self.which] > unreadable_after
+        ):
             raise OSError(5, "Input/output error", "shard-7")
         inputs, targets, meta = self.tensors[index]
         if self.noise:
@@ -333,6 +339,8 @@ def on_epoch_end(run_dir: Path, epoch: int, metrics: Mapping[str, float]) -> Non
     if damage_after is not None and epoch == damage_after[0]:
         target = run_dir / "checkpoints" / damage_after[1]
         target.write_bytes(target.read_bytes()[:-1] + b"\xff")
+    if observer_draws:
+        torch.rand(3), np.random.random(), random.random()
     if observer_fails_in == "on_epoch_end":
         raise ValueError("the tracker is away")
     if interrupt_after is not None and epoch >= interrupt_after:
