@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ def cpu_seconds(statement: str) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def main() -> None:
-    """Measure in interleaved rounds and print the table."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,8 +37,12 @@ def main() -> None:
         "--rounds", type=int, default=15, help="fresh processes for each statement (default: 15)"
     )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure in interleaved rounds and print the table."""
+    args = parse_arguments(argv)
     seconds: dict[str, list[float]] = {statement: [] for statement in STATEMENTS}
     for statement in STATEMENTS:
         cpu_seconds(statement)  # bytecode and file caches are warm from here on

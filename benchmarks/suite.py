@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,24 +22,39 @@ from pathlib import Path
 from measuring import machine
 
 HERE = Path(__file__).resolve().parent
-Part = tuple[str, str, list[str]]  # (name of its figures, script, arguments)
+# Name of the figures -> command; PEERS stands for the peers' options.
+FULL = {
+    "import_time": "import_time.py --rounds 15",
+    "memory": "balancer_memory.py PEERS",
+    "steps_mlp": "balancer_step.py --models mlp --rounds 10 40 PEERS",
+    "steps_mlp_fused": "balancer_step.py --models mlp --fused --rounds 10 25 --methods fixed gaba pcgrad PEERS",
+    "steps_models": "balancer_step.py --models wide resnet --rounds 5 15 --tolerance .02 PEERS --methods fixed "
+    "uncertainty famo gaba gradnorm pcgrad mgda upgrad cagrad aligned-mtl nash-mtl",
+    "steps_study": "balancer_step.py --models study --rounds 3 6 --methods fixed gaba pcgrad upgrad PEERS",
+    "end_to_end": "end_to_end.py --models mlp --rounds 6 --epochs 3",
+    "end_to_end_study": "end_to_end.py --models study --hidden-size 32 --batch-size 64 --steps 40 --watched 64 "
+    "--epochs 3 --rounds 6 --no-parts",
+    "scaling": "scaling.py",
+    "allocator": "allocator.py --rounds 3",
+}
+QUICK = {
+    "import_time": "import_time.py --rounds 3",
+    "memory": "balancer_memory.py --tasks 2 8 --width 256 PEERS",
+    "steps_mlp": "balancer_step.py --models mlp --tasks 2 8 --rounds 4 8 --tolerance .03 PEERS --methods fixed "
+    "uncertainty gaba pcgrad mgda upgrad",
+    "end_to_end": "end_to_end.py --models mlp --rounds 3 --steps 40 --no-parts",
+    "scaling": "scaling.py --tasks 2 32 --parameters 1e6 --ranks 2 --methods gaba",
+}
 
 
-def parts(*, quick: bool, peers: Sequence[str]) -> list[Part]:
-    """Return what is run, in order."""
-    beside = [*peers]
-    if quick:
-        small = ["--rounds", "4", "8", "--tolerance", "0.03"]
-        return [
-            ("import_time", "import_time.py", ["--rounds", "3"]),
-            ("balancer_memory", "balancer_memory.py", ["--tasks", "2", "8", "--width", "256", *beside]),
-            ("steps_mlp", "balancer_step.py", ["--models", "mlp", "--tasks", "2", "8", *small, *beside]),
-        ]
-    return [
-        ("import_time", "import_time.py", ["--rounds", "15"]),
-        ("balancer_memory", "balancer_memory.py", beside),
-        ("steps_mlp", "balancer_step.py", ["--models", "mlp", "--rounds", "10", "40", *beside]),
-    ]
+def commands(*, quick: bool, libmtl: Path | None) -> dict[str, list[str]]:
+    """Return script and arguments by the name of the figures."""
+    peers = ["--peers", "torchjd", *([] if libmtl is None else ["libmtl", "--libmtl", str(libmtl)])]
+    found = {}
+    for name, command in (QUICK if quick else FULL).items():
+        words = [peers if word == "PEERS" else [word] for word in shlex.split(command)]
+        found[name] = [word for part in words for word in part]
+    return found
 
 
 def results_folder(*, quick: bool) -> Path:
@@ -57,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="minutes instead of half an hour")
     parser.add_argument("--libmtl", type=Path, metavar="PATH", help="a checkout of LibMTL to measure beside")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts only")
+    parser.add_argument("--only", nargs="+", choices=list(FULL), metavar="PART", help="run these parts only")
     parser.add_argument("--out", type=Path, help="folder of the figures")
     return parser.parse_args(argv)
 
@@ -65,10 +81,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts; a part that fails is named at the end, and the others are run."""
     args = parse_arguments(argv)
-    peers = ["--peers", "torchjd", *([] if args.libmtl is None else ["libmtl", "--libmtl", str(args.libmtl)])]
     out = args.out or results_folder(quick=args.quick)
     failed = []
-    for name, script, arguments in parts(quick=args.quick, peers=peers):
+    for name, (script, *arguments) in commands(quick=args.quick, libmtl=args.libmtl).items():
         if args.only and name not in args.only:
             continue
         start = time.monotonic()
