@@ -92,9 +92,10 @@ def predict(
     from mtlbalance.inference.run_files import check_output
     from mtlbalance.inference.table import write_predictions
     from mtlbalance.training.devices import resolve_device
+    from mtlbalance.training.stopping import stops_on_signals
 
     check_output(run, out, reads=input_file)
-    with stdout_for_results():
+    with stdout_for_results(), stops_on_signals():  # so that half a file is not left behind
         chosen = resolve_device(device, option="--device")
         loaded = load_run(run, weights=weights.value, overrides=overrides or [])
         show_notices(loaded)
@@ -156,10 +157,11 @@ def export(
     from mtlbalance.inference import load_run
     from mtlbalance.inference.exporting import export_run
     from mtlbalance.inference.formats import check_installed
+    from mtlbalance.training.stopping import stops_on_signals
 
     check_installed(file_format.value)
     path = out if out is not None else run / "exports" / f"{weights.value}.{file_format.value}"
-    with stdout_for_results():
+    with stdout_for_results(), stops_on_signals():
         loaded = load_run(run, weights=weights.value, overrides=overrides or [])
         show_notices(loaded)
         exported = export_run(loaded, file_format.value, path, tolerance=tolerance)

@@ -62,12 +62,24 @@ def array_chunks(array: Array, spec: InputSpec, batch_size: int, *, source: str)
     """
     if isinstance(array, np.ndarray) and array.dtype.kind not in "fiub":
         raise DataError(f"{source}: numbers are needed, but they are of type {array.dtype}")
+    if isinstance(array, Tensor) and (kind := _cannot_be_read(array)):
+        raise DataError(f"{source}: real numbers, each of them there, are needed, but the tensor is {kind}")
     check_shape(tuple(array.shape), spec, source=source)
     if len(array) == 0:
         raise DataError(f"{source}: there is nothing to predict on: the shape is {tuple(array.shape)}")
     for start in range(0, len(array), batch_size):
         rows = array[start : start + batch_size]
         yield (rows if isinstance(rows, Tensor) else _tensor(rows, source)), {}, {}
+
+
+def _cannot_be_read(tensor: Tensor) -> str:
+    """Return what a tensor is that has no rows of real numbers, or an empty text."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    kinds = {"complex": tensor.is_complex(), "quantised": tensor.is_quantized, "on 'meta'": tensor.is_meta}
+    return next((name for name, found in kinds.items() if found), "")
 
 
 def check_shape(shape: tuple[int, ...], spec: InputSpec, *, source: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,11 @@ def _csv_rows(path: Path, spec: InputSpec) -> Iterator[list[float]]:
                     )
                 numbers = [_number(field) for field in fields]
                 if first and _counts_columns(fields):
-                    pass
+                    warnings.warn(
+                        f"{place}: this row, which counts columns, is taken for a header; if it is an input, put a row "
+                        "of names above it",
+                        stacklevel=2,
+                    )
                 elif None not in numbers:
                     yield [number for number in numbers if number is not None]
                 elif first and all(number is None for number in numbers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -131,9 +132,18 @@ def check_data(path: Path, described: Mapping[str, Any]) -> None:
 
 
 def check_output(run_dir: Path, out: Path, *, reads: Path | None = None) -> None:
-    """Raise RunFolderError if ``out`` is a folder, a file that belongs to the run, or the file that is read."""
-    if out.is_dir():
-        raise RunFolderError(f"{out} is a folder; name a file")
+    """Raise RunFolderError if ``out`` is no file, or one that belongs to the run, or the one that is read.
+
+    What is written takes the name of what was there: ``/dev/null`` would no longer be a device.
+    """
+    try:
+        what = out.stat().st_mode
+    except OSError:  # not there yet; why it cannot be, if it cannot, is said by who writes it
+        what = stat.S_IFREG
+    if not stat.S_ISREG(what):
+        raise RunFolderError(
+            f"{out} is {'a folder' if stat.S_ISDIR(what) else 'no ordinary file'}; name a file"
+        )
     own, target = run_dir.resolve(), out.resolve()
     if reads is not None and target == reads.resolve():
         raise RunFolderError(f"{out} is the file to be read; choose another name")

@@ -6,6 +6,11 @@ import csv
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -109,13 +114,16 @@ def save_csv(path: Path, inputs: Tensor, header: str = "") -> None:
         ("pandas.csv", lambda path, x: save_csv(path, x, "0,1,2,3")),
     ],
 )
+@pytest.mark.filterwarnings("default:.* is taken for a header")
 def test_files_of_inputs(call: Call, folder: Path, loaded: LoadedRun, name: str, save: Any) -> None:
     inputs = loaded.data.test.inputs  # type: ignore[attr-defined]
     save(Path(name), inputs)
     code, _, err = call(
         "predict", folder, "--input", name, "--out", "out.csv", "--batch-size", 8, "--device", "cpu"
     )
-    assert (code, err) == (0, "notice: these data are made up\n")
+    warning = "warning: pandas.csv:1: this row, which counts columns, is taken for a header; if it is an input, put "
+    said = err.removeprefix("notice: these data are made up\n")
+    assert (code, said.partition("a row")[0]) == (0, warning if name == "pandas.csv" else "")
     expected = loaded.predict(inputs)
     rows = read()
     assert list(rows[0])[:2] == ["predicted_level", "predicted_kind"]
@@ -139,6 +147,8 @@ class Hidden:
         ("x.pt", b"torn", "x.pt: cannot be read as a file of tensors"),
         ("x.pt", lambda path: torch.save(Hidden(), path), "x.pt: cannot be read as a file of tensors"),
         ("x.pt", lambda path: torch.save([1], path), "x.pt: holds list, not a tensor"),
+        ("x.pt", lambda path: torch.save(1j * torch.ones(3, 4), path), "needed, but the tensor is complex"),
+        ("x.pt", lambda path: torch.save(torch.ones(3, 4).to_sparse(), path), "x.pt: real numbers, each of them"),
         ("x.csv", b"", "x.csv: there is nothing to predict on: the file has no rows of numbers"),
         ("x.csv", b"a,b,c,d\n", "x.csv: there is nothing to predict on"),
         ("x.csv", b"1,2,3,4\n\n1,2,3\n", "x.csv:3: expected 4 columns, one flattened input of shape (4,) a row"),
@@ -190,9 +200,43 @@ def test_calls_that_cannot_work(call: Call, folder: Path, arguments: list[str], 
     assert not Path("out.csv").exists()
 
 
+def test_what_is_no_file_is_not_replaced_by_one(call: Call, folder: Path) -> None:
+    os.mkfifo("out.csv")  # as /dev/null is none, which root would lose
+    code, _, err = call("predict", folder, "--split", "test", "--out", "out.csv")
+    assert (code, err) == (2, "error: out.csv is no ordinary file; name a file\n")
+    code, _, err = call("export", folder, "--format", "safetensors", "--out", "out.csv")
+    assert code == 2
+    assert err.endswith("error: out.csv is no ordinary file; name a file\n")
+    assert Path("out.csv").is_fifo()
+
+
 def test_a_folder_that_is_no_run(call: Call) -> None:
     code, out, err = call("predict", "gone", "--split", "test", "--out", "out.csv")
     assert (code, out, err) == (2, "", "error: there is no run folder gone\n")
+
+
+def test_a_call_that_is_stopped_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.lib.format.open_memmap(
+        "x.npy", mode="w+", dtype=np.float32, shape=(3_000_000, 4)
+    ).flush()  # of zeros: a hole
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtlbalance", "predict", str(folder), "--input", "x.npy", "--out", "out.csv"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.glob(".out.csv.tmp-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "Traceback" not in err
+    assert err.endswith("pre-empted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
 def test_predictions_that_are_not_finite_are_counted(call: Call, folder: Path) -> None:
