@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtlbalance.caching import REFRESH_VARIABLE, cached_arrays, refresh
+from mtlbalance.caching import REFRESH_VARIABLE, _load, cache_root, cached_arrays, refresh
+from mtlbalance.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """\
@@ -86,6 +87,52 @@ def test_a_damaged_file_is_no_obstacle(cache: Path, content: bytes) -> None:
     assert preparing.count == 2  # and mended
 
 
+def test_no_flipped_bit_goes_unnoticed(cache: Path) -> None:
+    """In the headers, too: one that asks for fewer numbers than there are must not be believed."""
+    preparing = Preparing()
+    cached_arrays("data", {}, preparing)
+    [path] = cache.glob("*.npz")
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in (0, 2, 4, 6):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            if (found := _load(path)) is not None:  # a flip that means nothing, in a date for example
+                assert {name: array.tolist() for name, array in found.items()} == {
+                    "numbers": [0.0, 1.0, 2.0, 3.0], "flags": [True, False],
+                }  # fmt: skip
+
+
+def test_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    preparing = Preparing()
+    assert cached_arrays("data", {}, preparing).keys() == {"numbers", "flags"}
+    with pytest.raises(DataError, match="this user has no home folder"):
+        cache_root()
+
+
+def test_a_full_disk_is_no_obstacle(cache: Path) -> None:
+    program = (
+        "import resource, signal, numpy as np\n"
+        "from mtlbalance.caching import cached_arrays\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "print(cached_arrays('data', {}, lambda: {'a': np.zeros(10), 'b': np.arange(100_000)})['b'].sum())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "4999950000\n"), done.stderr
+    assert done.stderr == ""
+    assert [path.suffix for path in cache.iterdir()] in ([".lock"], [])
+
+
 def test_a_cache_that_cannot_be_written_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,11 +144,15 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 
 
 def test_what_fails_is_not_kept(cache: Path) -> None:
-    def fail() -> dict[str, np.ndarray]:
-        raise ValueError("line 7")
+    called = []
 
-    with pytest.raises(ValueError, match="line 7"):
+    def fail() -> dict[str, np.ndarray]:
+        called.append(1)
+        raise OSError("line 7")
+
+    with pytest.raises(OSError, match="line 7"):
         cached_arrays("data", {}, fail)
+    assert len(called) == 1  # it is not taken for a cache that cannot be written
     assert list(cache.glob("*.npz")) == []
 
 
