@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import random
+import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -131,6 +133,54 @@ def test_what_is_refused_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["archive.zip"]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_in_any_place_is_an_error_or_harmless(tmp_path: Path, method: int) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as file:
+        for name, content in FILES.items():
+            file.writestr(name, 20 * content)
+    known = {name: hashlib.sha256(20 * content).hexdigest() for name, content in FILES.items()}
+    whole, path, rng = buffer.getvalue(), tmp_path / "archive.zip", random.Random(method)
+    for attempt in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        target = tmp_path / str(attempt)
+        try:
+            fetch(str(path), target, known)
+        except DataError:
+            assert not target.exists()
+        else:
+            assert {file.name: file.read_bytes() for file in target.iterdir()} == {
+                name: 20 * content for name, content in FILES.items()
+            }
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"hello\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n400\r\nPK",
+        b"HTTP/1.1 200 OK\r\nA: " + 70_000 * b"x" + b"\r\n\r\n",
+    ],
+)
+def test_a_server_that_talks_nonsense(tmp_path: Path, answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def reply() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        with pytest.raises(DataError, match="cannot be downloaded: "):
+            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/x.zip", tmp_path / "here", KNOWN)
+        thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bomb_is_not_unpacked(
     tmp_path: Path, zipped: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +205,8 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, zipped: Cal
         ("gone.zip", "gone.zip: No such file"),
         ("ftp://example.org/x.zip", "only http and https addresses"),
         ("http://127.0.0.1:1/x.zip", "cannot be downloaded"),
+        ("http://127.0.0.1/a b.zip", "cannot be downloaded: URL can't contain control characters"),
+        ("http://[::1/x.zip", "cannot be downloaded: Invalid IPv6 URL"),
         (__file__, "is not a ZIP archive"),
     ],
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import os
 import shutil
 import tempfile
 import urllib.error
-import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -68,8 +68,7 @@ def fetch(
 
 @contextmanager
 def _opened(source: str, folder: Path, advance: Advance) -> Iterator[IO[bytes]]:
-    scheme = urllib.parse.urlsplit(source).scheme.lower()
-    if scheme in ("http", "https"):
+    if source.lower().startswith(("http:", "https:")):
         path = folder / "archive.zip"
         _download(source, path, advance)
     elif "://" in source:
@@ -85,8 +84,8 @@ def _opened(source: str, folder: Path, advance: Advance) -> Iterator[IO[bytes]]:
 
 
 def _download(address: str, path: Path, advance: Advance) -> None:
-    request = urllib.request.Request(address, headers={"User-Agent": "mtlbalance-cmapss"})
     try:
+        request = urllib.request.Request(address, headers={"User-Agent": "mtlbalance-cmapss"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply, path.open("wb") as file:
             length = reply.headers.get("Content-Length")
             total = int(length) if length and length.isdigit() else None
@@ -101,8 +100,9 @@ def _download(address: str, path: Path, advance: Advance) -> None:
                 advance(done, total)
     except urllib.error.HTTPError as error:
         raise DataError(f"{address}: the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise DataError(f"{address}: cannot be downloaded: {getattr(error, 'reason', error)}") from error
+    except (OSError, ValueError, urllib.error.URLError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or str(error).strip() or type(error).__name__
+        raise DataError(f"{address}: cannot be downloaded: {reason}") from error
     if total is not None and done != total:
         raise DataError(f"{address}: the download ended after {done:,} of {total:,} bytes; try again")
 
@@ -143,8 +143,13 @@ def _members(file: IO[bytes], source: str, wanted: set[str], depth: int = 0) -> 
                 elif name.lower().endswith(".zip") and depth == 0:
                     inner = io.BytesIO(_read(archive, info, MAX_ARCHIVE_BYTES, source))
                     yield from _members(inner, f"{source} ({name})", wanted, depth + 1)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, unknown, encrypted
-        raise DataError(f"{source}: is not a ZIP archive that can be read: {error}") from error
+    except DataError:
+        raise
+    except (
+        Exception
+    ) as error:  # encrypted, unknown, or damaged, of which zlib, bz2 and lzma each have errors of their own
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{source}: is not a ZIP archive that can be read: {reason}") from error
 
 
 def _check_path(name: str, source: str) -> None:
