@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mtlbalance.sweeps.supervisor import SweepOutcome
 
 _REDRAW_SECONDS = 0.5
+_NUM_EVENTS = 5
+_LEAST_WIDTH = 12  # of a run's name
+_SPARE = 4  # columns, so that the terminal's own ^C fits in the line and moves nothing
 _STYLES = {"finished": "green", "failed": "bold red", "retry": "yellow"}
 
 
@@ -52,7 +55,7 @@ class Display:
     def locked(self, run_id: str) -> None:
         """Note that another process is at a run."""
 
-    def tick(self, running: Mapping[str, AtWork], num_waiting: int, num_locked: int) -> None:
+    def tick(self, running: Mapping[str, AtWork], num_waiting: int, locked: Collection[str]) -> None:
         """Note how things stand, a few times a second."""
 
     def stopping(self, num_running: int) -> None:
@@ -98,7 +101,7 @@ class PlainLines(Display):
 
     def stopping(self, num_running: int) -> None:
         """Say so."""
-        self._print(f"stopping: {num_running} at work, asked to leave their folders in order")
+        self._print(_stopping(num_running))
 
     def _print(self, text: str) -> None:
         with suppress(
@@ -113,12 +116,13 @@ class LiveTable(Display):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
-        self._events: deque[Text] = deque(maxlen=5)
+        self._events: deque[Text] = deque(maxlen=_NUM_EVENTS)
         self._drawn = 0.0
 
     def start(self, plan: Plan, outcome: SweepOutcome) -> None:
         """Draw the table."""
         self._plan, self._outcome, self._began = plan, outcome, time.monotonic()
+        self._epochs = {run.id: run.config.training.epochs for run in plan.runs if run.config is not None}
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
         self._bar = Progress(*columns, console=self._console)
         self._task = self._bar.add_task(plan.name, total=len(plan.runs), words="")
@@ -134,37 +138,70 @@ class LiveTable(Display):
         else:
             self._events.append(event)
 
-    def tick(self, running: Mapping[str, AtWork], num_waiting: int, num_locked: int) -> None:
+    def tick(self, running: Mapping[str, AtWork], num_waiting: int, locked: Collection[str]) -> None:
         """Draw, a few times a second at most."""
         now = time.monotonic()
-        if self._live is None or now - self._drawn < _REDRAW_SECONDS:
+        if now - self._drawn < _REDRAW_SECONDS:
             return
         self._drawn = now
-        plan, outcome = self._plan, self._outcome
-        words = f"{outcome.num_done}/{len(plan.runs)}  {num_waiting} waiting"
-        words += f"  {num_locked} locked" if num_locked else ""
-        words += f"  {len(outcome.failed)} failed" if outcome.failed else ""
-        words += f"  {_time_left(plan, outcome, self._began)}"
-        self._bar.update(self._task, completed=outcome.num_done, words=words)
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in ("run", "on", "attempt", "for", "epoch"):
-            table.add_column(title, no_wrap=True)
-        for run_id, at_work in sorted(running.items()):
-            elapsed, epoch = _clock(now - at_work.since), _last_epoch(plan.folder_of(run_id))
-            table.add_row(run_id, at_work.where, str(at_work.attempt), elapsed, epoch)
-        self._live.update(Group(self._bar, table, *self._events), refresh=True)
+        words = [f"{num_waiting} waiting"] if num_waiting else []
+        words += [f"{len(locked)} locked"] if locked else []
+        words += filter(None, [_time_left(self._plan, self._outcome, self._began)])
+        rows = [
+            (run_id, at_work.where, str(at_work.attempt), _clock(now - at_work.since))
+            for run_id, at_work in sorted(running.items())
+        ]
+        rows += [(run_id, "another process", "", "") for run_id in sorted(locked)]
+        self._draw(words, self._table(rows))
 
     def stopping(self, num_running: int) -> None:
         """Say so."""
-        self._console.print(f"stopping: {num_running} at work, asked to leave their folders in order")
+        self._console.print(_stopping(num_running))
 
     def stop(self) -> None:
         """Leave the last picture on the screen."""
         if self._live is not None:
-            self._drawn = 0.0
-            self.tick({}, 0, 0)
+            self._draw([])
             self._live.stop()
             self._live = None
+
+    def _draw(self, words: Sequence[str], *table: Table) -> None:
+        outcome, total = self._outcome, len(self._plan.runs)
+        counts = [
+            f"{outcome.num_done}/{total}",
+            *([f"{len(outcome.failed)} failed"] if outcome.failed else []),
+        ]
+        self._bar.update(self._task, completed=outcome.num_done, words="  ".join([*counts, *words]))
+        events = [event.copy() for event in self._events]
+        for event in events:
+            event.truncate(self._console.width - _SPARE, overflow="ellipsis")
+        if self._live is not None:
+            self._live.update(Group(self._bar, *table, *events), refresh=True)
+
+    def _table(self, rows: Sequence[tuple[str, str, str, str]]) -> Table:
+        """Return the runs at work, in a table that is neither wider nor higher than the terminal."""
+        room = max(1, self._console.height - _NUM_EVENTS - 4)
+        shown = rows if len(rows) <= room else rows[: room - 1]
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        titles = ("on", "attempt", "for", "epoch")
+        table.add_column("run", no_wrap=True)
+        for title in titles:
+            table.add_column(title, no_wrap=True, justify="right" if title in ("for", "epoch") else "left")
+        cells = [(run_id, *rest, self._epoch(run_id)) for run_id, *rest in shown]
+        others = (
+            max([len(title), *(len(row[index]) for row in cells)]) for index, title in enumerate(titles, 1)
+        )
+        width = max(_LEAST_WIDTH, self._console.width - _SPARE - sum(others) - 2 * len(titles))
+        for run_id, *rest in cells:
+            # Its end tells a run from the others.
+            table.add_row(run_id if len(run_id) <= width else f"…{run_id[1 - width :]}", *rest)
+        if len(rows) > len(shown):
+            table.add_row(f"and {len(rows) - len(shown)} more")
+        return table
+
+    def _epoch(self, run_id: str) -> str:
+        done = _epochs_done(self._plan.folder_of(run_id))
+        return f"{done}/{self._epochs[run_id]}" if done and run_id in self._epochs else done
 
 
 def make_display(*, quiet: bool) -> Display:
@@ -182,13 +219,17 @@ def _time_left(plan: Plan, outcome: SweepOutcome, began: float) -> str:
     return f"about {_clock((time.monotonic() - began) / ended * left)} left" if ended and left else ""
 
 
-def _last_epoch(folder: Path) -> str:
-    """Return the first field of the last line of a run's ``metrics.csv``."""
-    with suppress(OSError), (folder / "metrics.csv").open("rb") as file:
+def _stopping(num_running: int) -> str:
+    return f"stopping: {num_running} at work, asked to leave their folders in order; once more kills them"
+
+
+def _epochs_done(folder: Path) -> str:
+    """Return how many epochs a run has finished, or nothing: the last line of its ``metrics.csv`` counts from 0."""
+    with suppress(OSError, ValueError), (folder / "metrics.csv").open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 4000))
         lines = file.read().decode(errors="replace").splitlines()
-        return lines[-1].partition(",")[0] if lines else ""
+        return str(int(lines[-1].partition(",")[0]) + 1) if lines else ""
     return ""
 
 

@@ -177,7 +177,7 @@ class _Supervisor:
                 self.start_some()
                 for end in self.engine.poll(0.2):
                     self.take(end)
-                self.display.tick(self.running, len(self.waiting), len(self.locked))
+                self.display.tick(self.running, len(self.waiting), self.locked)
         finally:
             self.engine.close()
             self.outcome.wall_seconds = time.monotonic() - started
@@ -276,6 +276,7 @@ class _Supervisor:
                 self.running.pop(end.run_id)
                 if end.exit_code == 0:
                     self.outcome.finished.append(end.run_id)
+            self.display.tick(self.running, len(self.waiting), self.locked)
         self.outcome.stopped = _INTERRUPTED if self.received[0] == signal.SIGINT else _PREEMPTED
 
 
