@@ -8,7 +8,7 @@ a ratio pairs the CPU times of one round (on CUDA: wall time until the device ha
     python benchmarks/balancer_step.py --peers torchjd libmtl --libmtl ~/src/LibMTL --out runs/steps.json
 
 A variant is measured until its 95 % interval lies within --tolerance of its median (times the ratio, above 1), within
-the bounds on rounds.
+the bounds on rounds and on --seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selection import add_arguments, chosen_variants
 from variants import BARE, FUSED_PLAIN, PLAIN, OptimizerForm, Variant
 from workloads import Workload
 
-MODELS = ("mlp", "wide", "resnet", "study")
+MODELS = ("mlp", "mlp-heads", "wide", "resnet", "study")
 
 
 def chosen_workloads(args: argparse.Namespace) -> Iterator[Workload]:
@@ -35,6 +35,11 @@ def chosen_workloads(args: argparse.Namespace) -> Iterator[Workload]:
     if "mlp" in args.models:
         for count in args.tasks:
             yield workloads.mlp(count, width=args.width, batch_size=args.batch_size)
+    if "mlp-heads" in args.models:
+        for count in args.tasks:
+            yield workloads.mlp(
+                count, width=args.width, batch_size=args.batch_size, head_width=args.width // 4
+            )
     if "wide" in args.models:
         for batch_size in args.wide_batch_sizes:
             yield workloads.wide(4, width=args.wide_width, batch_size=batch_size)
@@ -107,17 +112,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
-        "--tasks", nargs="+", type=int, default=[2, 4, 8, 16], help="numbers of tasks of the mlp"
+        "--tasks", nargs="+", type=int, default=[2, 4, 8, 16], help="numbers of tasks of the mlps"
     )
-    parser.add_argument("--width", type=int, default=256, help="hidden width of the mlp")
+    parser.add_argument("--width", type=int, default=256, help="hidden width of the mlps")
     parser.add_argument("--wide-width", type=int, default=1024, help="hidden width of the wide mlp")
     parser.add_argument("--wide-batch-sizes", nargs="+", type=int, default=[32, 64, 256])
     parser.add_argument("--channels", type=int, default=32, help="of the resnet's first block")
     parser.add_argument("--hidden-size", type=int, default=256, help="of the study model (256: 3.5 M)")
-    parser.add_argument("--batch-size", type=int, default=256, help="of mlp and study model")
+    parser.add_argument("--batch-size", type=int, default=256, help="of the mlps and the study model")
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) for everything measured")
     parser.add_argument("--rounds", type=int, nargs=2, default=[10, 60], metavar=("LEAST", "MOST"))
     parser.add_argument("--tolerance", type=float, default=0.01)
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="for a workload, beyond the least rounds"
+    )
     parser.add_argument(
         "--slice-seconds", type=float, default=0.03, help="about how long one runs in a round"
     )
@@ -138,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = machine(args.threads, str(args.device))
     print(in_words(where) + (", fused AdamW" if args.fused else ""))
     least, most = args.rounds
-    rounds = Rounds(least, most, args.tolerance, args.slice_seconds)
+    rounds = Rounds(least, most, args.tolerance, args.slice_seconds, args.seconds)
     results = []
     for workload in chosen_workloads(args):
         result = measure_workload(

@@ -32,7 +32,7 @@ METHODS = (
     "trimmed-mean",
     "fairgrad",
 )
-WITH_GRAMIAN = ("pcgrad", "upgrad", "mgda", "aligned-mtl", "imtl-g", "dualproj", "krum")
+BY_AUTOGRAM = ("pcgrad", "upgrad", "mgda")  # and others; what it costs is the engine's, not the method's
 SOLVED_BY_CVXPY = ("cagrad", "nash-mtl")  # torchjd's extra `full`
 
 
@@ -67,10 +67,6 @@ def weighting(method: str) -> Any:
         "pcgrad": aggregation.PCGradWeighting,
         "upgrad": aggregation.UPGradWeighting,
         "mgda": aggregation.MGDAWeighting,
-        "aligned-mtl": aggregation.AlignedMTLWeighting,
-        "imtl-g": aggregation.IMTLGWeighting,
-        "dualproj": aggregation.DualProjWeighting,
-        "krum": lambda: aggregation.KrumWeighting(n_byzantine=0),
     }
     return makers[method]()
 
@@ -138,6 +134,6 @@ def variants(wanted: tuple[str, ...] | list[str]) -> list[Variant]:
         if method not in wanted:
             continue
         found += [_jacobian_variant(method, "", None), _jacobian_variant(method, "sequential", 1)]
-        if method in WITH_GRAMIAN:
+        if method in BY_AUTOGRAM:
             found.append(_gramian_variant(method))
     return found

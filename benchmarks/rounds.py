@@ -36,12 +36,14 @@ class Rounds:
         tolerance: what is left out once its 95 % interval reaches no farther than this from the median, as a share of
             a ratio above 1.
         slice_seconds: about how long one of them runs in a round, at least one step.
+        budget_seconds: no round begins after this, beyond the least.
     """
 
     least: int = 10
     most: int = 60
     tolerance: float = 0.01
     slice_seconds: float = 0.03
+    budget_seconds: float = 600.0
 
 
 @dataclass
@@ -72,7 +74,7 @@ def measure(entries: Mapping[str, Entry], baseline: str, rounds: Rounds, clock: 
     for entry in entries.values():
         _warm_up(entry, rounds, clock)
     left = {name: entry for name, entry in entries.items() if not entry.failure}
-    shuffler = random.Random(0)
+    shuffler, start = random.Random(0), time.monotonic()
     gc.collect()
     gc.freeze()  # what is there already is not looked through again and again
     gc.disable()
@@ -92,7 +94,7 @@ def measure(entries: Mapping[str, Entry], baseline: str, rounds: Rounds, clock: 
                 for name, entry in left.items()
                 if name == baseline or not _known(entry, entries[baseline], rounds.tolerance)
             }
-            if set(left) <= {baseline}:
+            if set(left) <= {baseline} or time.monotonic() - start > rounds.budget_seconds:
                 return
     finally:
         gc.enable()

@@ -161,6 +161,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank-rounds", type=int, default=10)
     parser.add_argument("--rounds", type=int, nargs=2, default=[4, 12], metavar=("LEAST", "MOST"))
     parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for a workload, beyond the least rounds")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     return parser.parse_args(argv)
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = machine(1, str(args.device))
     print(in_words(where))
     least, most = args.rounds
-    rounds = Rounds(least, most, args.tolerance)
+    rounds = Rounds(least, most, args.tolerance, budget_seconds=args.seconds)
     content: dict[str, Any] = {"machine": where}
     if "tasks" in args.only:
         content["tasks"] = with_tasks(args, rounds)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import page
 from measuring import machine
 
 HERE = Path(__file__).resolve().parent
@@ -26,24 +27,25 @@ HERE = Path(__file__).resolve().parent
 FULL = {
     "import_time": "import_time.py --rounds 15",
     "memory": "balancer_memory.py PEERS",
-    "steps_mlp": "balancer_step.py --models mlp --rounds 10 40 PEERS",
-    "steps_mlp_fused": "balancer_step.py --models mlp --fused --rounds 10 25 --methods fixed gaba pcgrad PEERS",
-    "steps_models": "balancer_step.py --models wide resnet --rounds 5 15 --tolerance .02 PEERS --methods fixed "
-    "uncertainty famo gaba gradnorm pcgrad mgda upgrad cagrad aligned-mtl nash-mtl",
-    "steps_study": "balancer_step.py --models study --rounds 3 6 --methods fixed gaba pcgrad upgrad PEERS",
-    "end_to_end": "end_to_end.py --models mlp --rounds 6 --epochs 3",
+    "steps_mlp": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 75 PEERS",
+    "steps_mlp_linear": "balancer_step.py --models mlp --rounds 6 60 --seconds 20 PEERS --methods fixed gaba pcgrad",
+    "steps_mlp_fused": "balancer_step.py --models mlp-heads --fused --rounds 6 60 --seconds 15 --methods fixed gaba",
+    "steps_models": "balancer_step.py --models wide resnet --rounds 4 30 --seconds 40 PEERS --methods fixed famo gaba "
+    "pcgrad mgda upgrad nash-mtl",
+    "steps_study": "balancer_step.py --models study --rounds 4 6 --methods fixed gaba pcgrad PEERS",
+    "end_to_end": "end_to_end.py --models mlp --rounds 5 --epochs 3 --steps 120",
     "end_to_end_study": "end_to_end.py --models study --hidden-size 32 --batch-size 64 --steps 40 --watched 64 "
     "--epochs 3 --rounds 6 --no-parts",
     "scaling": "scaling.py",
-    "allocator": "allocator.py --rounds 3",
+    "allocator": "allocator.py --rounds 3 --hidden-size 128",
 }
 QUICK = {
     "import_time": "import_time.py --rounds 3",
     "memory": "balancer_memory.py --tasks 2 8 --width 256 PEERS",
-    "steps_mlp": "balancer_step.py --models mlp --tasks 2 8 --rounds 4 8 --tolerance .03 PEERS --methods fixed "
+    "steps_mlp": "balancer_step.py --models mlp-heads --tasks 2 8 --rounds 4 30 --seconds 12 PEERS --methods fixed "
     "uncertainty gaba pcgrad mgda upgrad",
-    "end_to_end": "end_to_end.py --models mlp --rounds 3 --steps 40 --no-parts",
-    "scaling": "scaling.py --tasks 2 32 --parameters 1e6 --ranks 2 --methods gaba",
+    "end_to_end": "end_to_end.py --models mlp --rounds 3 --epochs 3 --steps 40 --no-parts",
+    "scaling": "scaling.py --tasks 2 32 --parameters 1e6 --ranks 2 --methods gaba --seconds 5",
 }
 
 
@@ -92,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
         print(f"== {name}: {time.monotonic() - start:.0f} s\n", flush=True)
+    page.main([str(out)])
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -22,7 +22,7 @@ class Workload:
     """A model with ``trunk`` and ``heads``, a batch for it, and each task's targets and criterion.
 
     Args:
-        family: ``mlp``, ``wide``, ``resnet`` or ``study``.
+        family: ``mlp``, ``mlp-heads``, ``wide``, ``resnet`` or ``study``.
         name: family, sizes and number of tasks.
         model: never trained itself: everything measured trains a copy.
         inputs, targets: the batch.
@@ -70,29 +70,46 @@ class Workload:
 
 
 class SharedTrunk(nn.Module):
-    """A trunk and a linear head for each task."""
+    """A trunk and a head for each task: linear, or with one hidden layer."""
 
-    def __init__(self, trunk: nn.Module, width: int, tasks: tuple[str, ...]) -> None:
+    def __init__(self, trunk: nn.Module, width: int, tasks: tuple[str, ...], head_width: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.heads = nn.ModuleDict({task: nn.Linear(width, 1) for task in tasks})
+        self.heads = nn.ModuleDict({task: _head(width, head_width) for task in tasks})
+
+
+def _head(width: int, head_width: int) -> nn.Module:
+    if head_width == 0:
+        return nn.Linear(width, 1)
+    return nn.Sequential(nn.Linear(width, head_width), nn.ReLU(), nn.Linear(head_width, 1))
 
 
 def _regressions(
-    family: str, name: str, trunk: nn.Module, width: int, inputs: Tensor, tasks_count: int
+    family: str,
+    name: str,
+    trunk: nn.Module,
+    width: int,
+    inputs: Tensor,
+    tasks_count: int,
+    head_width: int = 0,
 ) -> Workload:
     tasks = tuple(f"task_{index}" for index in range(tasks_count))
     targets = {task: torch.randn(len(inputs), 1) for task in tasks}
-    model = SharedTrunk(trunk, width, tasks)
+    model = SharedTrunk(trunk, width, tasks, head_width)
     return Workload(family, name, model, inputs, targets, dict.fromkeys(tasks, functional.mse_loss))
 
 
-def mlp(tasks_count: int, *, width: int = 256, batch_size: int = 256, layers: int = 3) -> Workload:
-    """K regressions on hidden layers of one width."""
-    sizes = [(32, width), *[(width, width)] * (layers - 1)]
+def mlp(tasks_count: int, *, width: int = 256, batch_size: int = 256, head_width: int = 0) -> Workload:
+    """K regressions on three hidden layers of one width.
+
+    With linear heads nearly all that is computed is the trunk, the hardest case; with a hidden layer in each head
+    (``mlp-heads``) the plain sum pays for its tasks, too.
+    """
+    sizes = [(32, width), (width, width), (width, width)]
     trunk = nn.Sequential(*(part for size in sizes for part in (nn.Linear(*size), nn.ReLU())))
-    name = f"mlp {layers} x {width}, batch {batch_size}, K = {tasks_count}"
-    return _regressions("mlp", name, trunk, width, torch.randn(batch_size, 32), tasks_count)
+    family, heads = ("mlp-heads", f", heads {head_width}") if head_width else ("mlp", "")
+    name = f"mlp 3 x {width}{heads}, batch {batch_size}, K = {tasks_count}"
+    return _regressions(family, name, trunk, width, torch.randn(batch_size, 32), tasks_count, head_width)
 
 
 def wide(tasks_count: int, *, width: int = 1024, batch_size: int = 64) -> Workload:

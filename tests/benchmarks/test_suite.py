@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -27,3 +29,35 @@ def test_figures_go_to_a_folder_named_after_the_machine_but_not_by_its_name(scri
     assert folder.parent.name == "results"
     assert socket.gethostname().lower() not in folder.name.removeprefix("20").split("-")
     assert folder.name == folder.name.lower()
+
+
+def test_a_page_is_written_from_what_was_measured(script: Script, tmp_path: Path) -> None:
+    """Two small parts of a suite; the page has their numbers, judges the targets, and says where plots are missing."""
+    folder = tmp_path / "2026-01-02-a-machine"
+    sizes = ["--width", "16", "--tasks", "2", "4"]
+    steps = ["--models", "mlp-heads", "--rounds", "1", "1", "--slice-seconds", "0.0001", "--batch-size", "4"]
+    few = ["--methods", "fixed", "gaba", "pcgrad"]
+    script("balancer_step").main([*steps, *sizes, *few, "--out", str(folder / "steps_mlp.json")])
+    script("balancer_memory").main([*sizes, *few, "--out", str(folder / "memory.json")])
+    page = script("page")
+    assert page.main([str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    assert text.startswith("# 2026-01-02-a-machine\n")
+    assert "| measured (target) | mlp, K = 2 | mlp, K = 4 |" in text
+    assert "| pcgrad to exact gaba |" in text
+    assert "| **fixed** |" in text
+    figures = json.loads((folder / "steps_mlp.json").read_text())["results"][0]
+    gaba = next(row for row in figures["variants"] if row["name"] == "mtlbalance gaba")["ratio"]
+    assert f"{gaba['median']:.2f} ({gaba['low']:.2f}-{gaba['high']:.2f})" in text
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    if find_spec("matplotlib"):
+        assert pictures == ["memory.png", "methods.png", "models.png", "steps_by_tasks.png"]
+        assert all(f"({name})" in text for name in pictures)
+    else:
+        assert pictures == []
+        assert page.NO_PLOTS in text
+
+
+def test_a_folder_without_figures_has_no_page(script: Script, tmp_path: Path, capsys) -> None:
+    assert script("page").main([str(tmp_path)]) == 2
+    assert "there are no figures" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""The figures of a results folder, looked up by what they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+OURS = "mtlbalance"
+
+
+class Figures:
+    """What the parts of the suite have written into one folder; a part that was not run has nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parts: dict[str, Any] = {
+            path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))
+        }
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.parts
+
+    def __getitem__(self, part: str) -> Any:
+        return self.parts[part]
+
+    def machine(self) -> dict[str, Any]:
+        """Return the machine that the first part was measured on."""
+        found: dict[str, Any] = next(iter(self.parts.values()))["machine"] if self.parts else {}
+        return found
+
+    def workloads(self, *parts: str) -> Iterator[Row]:
+        """Yield the results of the step benchmarks, a workload at a time."""
+        for part in parts:
+            if part in self.parts:
+                yield from self.parts[part]["results"]
+
+
+def pick(result: Row, source: str, method: str, form: str = "") -> Row | None:
+    """Return one variant of a workload, or None where it was not measured or failed."""
+    for row in result["variants"]:
+        if (row["source"], row["method"], row["form"]) == (source, method, form) and "failure" not in row:
+            found: Row = row
+            return found
+    return None
+
+
+def best(result: Row, source: str, method: str, key: str = "ratio") -> Row | None:
+    """Return a source's cheapest form of a method that reads gradients at the trunk, or None."""
+    rows = [
+        row
+        for row in result["variants"]
+        if row["source"] == source
+        and row["method"] == method
+        and row["form"] != "features"
+        and "failure" not in row
+    ]
+    return min(rows, key=lambda row: value_of(row, key)) if rows else None
+
+
+def value_of(row: Row, key: str = "ratio") -> float:
+    """Return a row's number: the median of a ratio, or what it is."""
+    value = row[key]
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+def own_methods(result: Row) -> list[str]:
+    """Return the methods of ours that were measured, in their plain form."""
+    return [row["method"] for row in result["variants"] if row["source"] == OURS and not row["form"]]
+
+
+def with_interval(ratio: Row, digits: int = 2) -> str:
+    """Return a ratio as text."""
+    return f"{ratio['median']:.{digits}f} ({ratio['low']:.{digits}f}-{ratio['high']:.{digits}f})"

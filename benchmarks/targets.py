@@ -1,0 +1,81 @@
+"""What balancing may cost, and whether the figures of a results folder keep to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from figures import OURS, Figures, Row, own_methods, pick
+from measuring import Ratio, paired_ratio
+
+_GABA = {2: 1.50, 4: 2.1, 8: 2.7, 16: 3.3}
+_EVERY = {2: 1.08, 4: 1.10, 8: 1.18, 16: 1.22}
+_SOLVERS = ("pcgrad", "mgda", "cagrad", "nash-mtl", "fairgrad", "upgrad", "aligned-mtl")
+_LOSS_READING = ("fixed", "uncertainty", "dwa", "rlw", "famo")
+_EVERY_FORM = "every 10th step"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target and what was measured, where; ``least`` where the figure should be no smaller."""
+
+    what: str
+    where: str
+    bound: float
+    ratio: Ratio
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the median keeps to it."""
+        return self.ratio.median >= self.bound if self.least else self.ratio.median <= self.bound
+
+
+def outcomes(figures: Figures) -> Iterator[Outcome]:
+    """Yield the targets that were measured."""
+    for result in figures.workloads("steps_study"):
+        for form, bound in (("", 1.60), (_EVERY_FORM, 1.08), ("features", 1.03)):
+            yield from _of(result, "gaba", form, bound)
+    for result in figures.workloads("steps_mlp"):
+        count = int(result["tasks"])
+        for form, bounds in (("", _GABA), (_EVERY_FORM, _EVERY), ("features", dict.fromkeys(_GABA, 1.15))):
+            if count in bounds:
+                yield from _of(result, "gaba", form, bounds[count])
+        for method in _LOSS_READING:
+            yield from _of(result, method, "", 1.02)
+        yield from _solvers(result)
+    for result in figures.workloads("steps_models"):
+        if result["family"] == "wide" and result["batch_size"] <= 64:
+            yield from _of(result, "gaba", "", 1.5)
+    if "import_time" in figures:
+        ratio = figures["import_time"]["ratios"]["from mtlbalance import GABALoss"]
+        yield Outcome("`from mtlbalance import GABALoss` to `import torch`", "", 1.05, Ratio(**ratio))
+    for part in ("end_to_end", "end_to_end_study"):
+        for result in figures[part]["results"] if part in figures else []:
+            what = "speed of `mtlbalance run` to the bare loop's"
+            yield Outcome(
+                what, f"{result['family']} run", 0.97, Ratio(**result["speed"]["mtlbalance run"]), least=True
+            )
+
+
+def _of(result: Row, method: str, form: str, bound: float) -> Iterator[Outcome]:
+    row = pick(result, OURS, method, form)
+    if row:
+        name = method + (f", {form}" if form else "")
+        yield Outcome(name, short_name(result), bound, Ratio(**row["ratio"]))
+
+
+def _solvers(result: Row) -> Iterator[Outcome]:
+    gaba = pick(result, OURS, "gaba")
+    for method in _SOLVERS:
+        row = pick(result, OURS, method)
+        if row and gaba and method in own_methods(result):
+            ratio = paired_ratio(row["seconds_per_step"], gaba["seconds_per_step"])
+            yield Outcome(f"{method} to exact gaba", short_name(result), 1.1, ratio)
+
+
+def short_name(result: Row) -> str:
+    """Return a workload's name for a narrow column."""
+    if result["family"] == "wide":
+        return f"wide, batch {result['batch_size']}"
+    return f"{result['family'].removesuffix('-heads')}, K = {result['tasks']}"
