@@ -4,7 +4,8 @@
 ``.safetensors`` with the live and the averaged weights, ``.pt`` with the rest of the run's state, and ``.json``,
 written after both, with their SHA-256 sums: it is what makes a checkpoint complete. ``best_00009.safetensors`` holds
 the best weights so far, which a checkpoint's sums cover too. The last two checkpoints, the last one at an epoch's
-end and what they refer to are kept.
+end and what they refer to are kept, and of the best epoch's checkpoint the weights: where the best ones are damaged,
+they are taken from there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mtlbalance.training.sums import sha256
 _KEPT = 2
 _SCHEMA = 2
 _NAME = re.compile(r"epoch_(\d+)(?:_at_(\d+))?\.json")
+_EMA = "ema.module."  # what the averaged weights are called in a checkpoint
 _PARTS = (".safetensors", ".pt", ".json")  # in the order in which they are written
 
 
@@ -92,19 +94,28 @@ class Checkpoints:
     def best_weights(self, epoch: int) -> bytes:
         """Return the weights of the best epoch, once a checkpoint was saved or read.
 
+        Where their file is damaged, it is made again from the checkpoint of their epoch, with a warning.
+
         Raises:
-            CheckpointError: they cannot be read, or are not what was written.
+            CheckpointError: they are in neither, or not as they were written.
         """
         path = self.best_path(epoch)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        if sha256(content) != self._best_sum:
+        own = _read_or_nothing(path)
+        if sha256(own) == self._best_sum:
+            return own
+        content = self._from_twin(path.name, self._best_sum)
+        if content is None:
             raise CheckpointError(
-                f"the best weights in {path} are not those that were written, so there is no result; put the file "
-                "back from a backup, or use --fresh to set the folder aside and start again"
+                f"the best weights in {path} are not those that were written, and {_twin(path.name)} beside them does "
+                "not hold them either, so there is no result; put one of them back from a backup, or use --fresh to "
+                "set the folder aside and start again"
             )
+        warnings.warn(
+            f"the best weights in {path} were damaged; they are made again from {_twin(path.name)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        atomic.write_bytes(path, content)
         return content
 
     def latest(self) -> SavedRun | None:
@@ -121,6 +132,7 @@ class Checkpoints:
             if isinstance(saved, SavedRun):
                 if (best := saved.state["best"]["epoch"]) is not None:
                     self._best_sum = _sums(manifest)[self.best_path(best).name]
+                    self.best_weights(best)  # made again now, while there is something to make them from
                 return saved
             older = (
                 "falling back to the one before it"
@@ -162,9 +174,11 @@ class Checkpoints:
         try:
             content = json.loads(manifest.read_bytes())
             sums: dict[str, str] = content["sha256"]
-            files = {name: (self.folder / name).read_bytes() for name in sums}
+            files = {name: _read_or_nothing(self.folder / name) for name in sums}
             for name, expected in sums.items():
-                if sha256(files[name]) != expected:
+                if sha256(files[name]) == expected:
+                    continue
+                if not name.startswith("best_") or self._from_twin(name, expected) is None:
                     return f"{name} does not have the SHA-256 sum in {manifest.name}"
             if content["schema"] != _SCHEMA:
                 return f"its schema is {content['schema']!r}, made by another version of mtlbalance"
@@ -188,13 +202,23 @@ class Checkpoints:
         ) as error:
             return f"{type(error).__name__}: {error}"
 
+    def _from_twin(self, name: str, expected: str) -> bytes | None:
+        """Return the best weights ``name`` as the checkpoint of their epoch holds them, if it still does."""
+        try:
+            weights = safetensors.torch.load(_read_or_nothing(self.folder / _twin(name)))
+        except (SafetensorError, ValueError, KeyError):
+            return None
+        averaged = {key.removeprefix(_EMA): value for key, value in weights.items() if key.startswith(_EMA)}
+        content = _safetensors(averaged)
+        return content if sha256(content) == expected else None
+
     def _prune(self) -> None:
         manifests = self._manifests()
         at_epoch_ends = [manifest for manifest in manifests if "_at_" not in manifest.name]
         needed: set[str] = set()
         for manifest in {*manifests[:_KEPT], *at_epoch_ends[:1]}:
             needed |= {manifest.with_suffix(suffix).name for suffix in _PARTS}
-            needed |= _sums(manifest).keys()
+            needed |= {*_sums(manifest), *map(_twin, _sums(manifest))}
         # Manifests go first: one without its files would count as a damaged checkpoint.
         for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix != ".json"):
             left_by_a_kill = ".tmp-" in path.name
@@ -228,6 +252,18 @@ def _order(manifest: Path) -> tuple[int, int]:
     assert match is not None
     epoch, position = match.groups()
     return (int(epoch) + 1, 0) if position is None else (int(epoch), int(position))
+
+
+def _twin(name: str) -> str:
+    """Return the file of a checkpoint in which the best weights ``name`` lie as well."""
+    return name.replace("best_", "epoch_", 1)
+
+
+def _read_or_nothing(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # gone, or on a bad block
+        return b""
 
 
 def _sums(manifest: Path) -> dict[str, str]:

@@ -81,14 +81,38 @@ def test_only_damaged_checkpoints_end_with_exit_code_1_and_change_nothing(
     assert {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").iterdir()} == before
 
 
-def test_best_weights_that_were_damaged_while_training_are_not_handed_out(
+BEST = ("dataset.constant_metric=true", "training.epochs=4")  # the best epoch is the first
+
+
+@pytest.mark.parametrize("when", ["in the same process", "between two"])
+def test_damaged_best_weights_are_made_again_from_the_checkpoint_of_their_epoch(
+    configure: Any, plugin: Any, assert_same: Any, tmp_path: Path, when: str
+) -> None:
+    whole = run_training(configure(*BEST), out=tmp_path / "whole", quiet=True).run_dir
+    plugin.damage_after = (2, "best_00000.safetensors")
+    if when == "between two":
+        plugin.interrupt_after = 2
+        with pytest.raises(KeyboardInterrupt):
+            run_training(configure(*BEST), out=tmp_path / "run", quiet=True)
+        plugin.interrupt_after = plugin.damage_after = None
+    with pytest.warns(
+        RuntimeWarning, match=r"best_00000\.safetensors were damaged; .* from epoch_00000\.safetensors"
+    ):
+        run_training(configure(*BEST), out=tmp_path / "run", quiet=True)
+    assert_same(whole, tmp_path / "run")
+    best = [folder / "checkpoints" / "best_00000.safetensors" for folder in (whole, tmp_path / "run")]
+    assert best[0].read_bytes() == best[1].read_bytes()
+
+
+def test_best_weights_that_are_nowhere_as_they_were_are_not_handed_out(
     configure: Any, plugin: Any, tmp_path: Path
 ) -> None:
-    """The best epoch is the first; its file is damaged in epoch 2 of the same process."""
-    options = ("dataset.constant_metric=true", "training.epochs=4")
-    plugin.damage_after = (2, "best_00000.safetensors")
-    with pytest.raises(CheckpointError, match=r"best_00000\.safetensors are not those that were written"):
-        run_training(configure(*options), out=tmp_path / "run", quiet=True)
+    plugin.damage_after = (2, "best_00000.safetensors", "epoch_00000.safetensors")
+    with pytest.raises(
+        CheckpointError,
+        match=r"best_00000\.safetensors are not those that were written, and epoch_00000\.safetensors",
+    ):
+        run_training(configure(*BEST), out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "results.json").exists()
 
 

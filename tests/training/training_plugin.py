@@ -41,7 +41,7 @@ input_shift = 0.0
 observer_draws = False
 unreadable_set = "train"
 unreadable_after: int | None = None  # samples of that set
-damage_after: tuple[int, str] | None = None  # epoch, file
+damage_after: tuple[Any, ...] | None = None  # epoch, files
 hangs_at: int | None = None
 run_folder: Path | None = None
 signal_in: dict[str, int] = {}  # where -> the signal that this process then sends itself, once
@@ -337,8 +337,9 @@ def on_run_start(run_dir: Path, config: Mapping[str, Any]) -> None:
 def on_epoch_end(run_dir: Path, epoch: int, metrics: Mapping[str, float]) -> None:
     trace.append(("on_epoch_end", epoch, sorted(path.name for path in (run_dir / "checkpoints").iterdir())))
     if damage_after is not None and epoch == damage_after[0]:
-        target = run_dir / "checkpoints" / damage_after[1]
-        target.write_bytes(target.read_bytes()[:-1] + b"\xff")
+        for name in damage_after[1:]:
+            target = run_dir / "checkpoints" / name
+            target.write_bytes(bytes(byte ^ 1 for byte in target.read_bytes()))
     if observer_draws:
         torch.rand(3), np.random.random(), random.random()
     if observer_fails_in == "on_epoch_end":
