@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
@@ -146,8 +146,8 @@ class _LoadedBatches:
 
     def epoch(self, first_batch: int = 0) -> Iterator[Batch]:
         numbers, seed = self._order.draw(first_batch)
-        shares = list(self._order.shares(numbers, self._team))
-        batches = [index.tolist() for index, _, _ in shares]
+        shares = self._order.shares(numbers, self._team)
+        batches = (index.tolist() for index, _, _ in self._order.shares(numbers, self._team))
         pin = self._device.type == "cuda"
         loaded = _loaded(SeededSamples(self._dataset, seed), batches, self._num_workers, pin_memory=pin)
         for (inputs, targets, _), (_, size, weight) in zip(loaded, shares, strict=True):
@@ -206,17 +206,18 @@ class EvaluationBatches:
                 )
             return
         samples = SeededSamples(self._dataset, seed=0)
-        batches = [index.tolist() for index in _split(torch.arange(len(samples)), self._batch_size)]
+        batches = (index.tolist() for index in _split(torch.arange(len(samples)), self._batch_size))
         for inputs, targets, meta in _loaded(samples, batches, self._num_workers):
             yield inputs.to(self._device), targets, meta
 
 
-def _split(numbers: Tensor, size: int) -> tuple[Tensor, ...]:
-    return torch.split(numbers, size) if len(numbers) else ()
+def _split(numbers: Tensor, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(numbers), size):  # one at a time: an epoch may have millions
+        yield numbers[start : start + size]
 
 
 def _loaded(
-    samples: SeededSamples, batches: list[list[int]], num_workers: int, *, pin_memory: bool = False
+    samples: SeededSamples, batches: Iterable[list[int]], num_workers: int, *, pin_memory: bool = False
 ) -> Iterator[Any]:
     # Its own generator: a loader without one draws from torch's global one, which belongs to training.
     loader: DataLoader[Any] = DataLoader(

@@ -78,12 +78,14 @@ def score(data: MultiTaskData, predictions: Predictions) -> dict[str, float]:
     """Return the tasks' own metrics, then those of the dataset's evaluator.
 
     Raises:
-        PluginError: the key metric is not among them.
+        PluginError: the key metric is not among them, or the evaluator gives something else than numbers by name.
     """
     metrics = task_metrics(data.tasks, predictions.predictions, predictions.targets)
     if data.evaluate is not None:
         extra = data.evaluate(predictions.predictions, predictions.targets, predictions.meta)
-        metrics |= {name: _plain_number(value) for name, value in extra.items()}
+        if not isinstance(extra, Mapping):
+            raise PluginError(f"the dataset's evaluator must return numbers by name; it returned {extra!r}")
+        metrics |= {name: _plain_number(name, value) for name, value in extra.items()}
     taken = [name for name in metrics if is_training_column(name)]
     if taken:
         raise PluginError(
@@ -96,9 +98,12 @@ def score(data: MultiTaskData, predictions: Predictions) -> dict[str, float]:
     return metrics
 
 
-def _plain_number(value: Any) -> float:
+def _plain_number(name: str, value: Any) -> float:
     """Return a whole count as an int, so that files show ``259`` and not ``259.0``."""
-    return int(value) if isinstance(value, Integral) else float(value)
+    try:
+        return int(value) if isinstance(value, Integral) else float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PluginError(f"the dataset's metric {name!r} is no number but {value!r}") from error
 
 
 def _concatenate(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from mtlbalance.errors import RunFolderError
 from mtlbalance.training import atomic
 
-LOCK_FILES = frozenset({".lock", ".holder.json"})
+_HOLDER = ".holder.json"
+LOCK_FILES = frozenset({".lock", _HOLDER})
 _ATTEMPTS = 5  # a process that leaves may remove a folder that it made, between our making and our locking it
 
 
@@ -29,8 +30,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
-        self._holder = folder / ".holder.json"
         self._lock = FileLock(folder / ".lock")
         for attempt in range(_ATTEMPTS):
             try:
@@ -50,19 +51,23 @@ class FolderLock:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         note = {"pid": os.getpid(), "host": platform.node(), "since": now}
         with contextlib.suppress(OSError):  # a full disk: the lock itself holds
-            self._holder.write_text(json.dumps(note) + "\n", encoding="utf-8")
+            (folder / _HOLDER).write_text(json.dumps(note) + "\n", encoding="utf-8")
         atomic.remove_leftovers(folder)
 
     def forget(self) -> None:
         """Remove the note, before the folder is renamed or the lock released."""
         with contextlib.suppress(OSError):
-            self._holder.unlink(missing_ok=True)
+            (self.folder / _HOLDER).unlink(missing_ok=True)
+
+    def moved(self, folder: Path) -> None:
+        """Follow the folder, which was renamed; what lies at its old place from now on is another's."""
+        self.folder, self.made = folder, []
 
     def remove(self) -> None:
         """Remove the lock file and the folders that were made for it, where nothing else lies in them."""
         self.forget()
         with contextlib.suppress(OSError):
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            (self.folder / ".lock").unlink(missing_ok=True)
             for folder in self.made:
                 folder.rmdir()
 
@@ -73,7 +78,7 @@ class FolderLock:
 
     def _who(self) -> str:
         try:
-            note = json.loads(self._holder.read_bytes())
+            note = json.loads((self.folder / _HOLDER).read_bytes())
             return f" (pid {note['pid']} on {note['host']}, since {note['since']})"
         except (OSError, ValueError, LookupError, TypeError):  # just being written, or by an older version
             return ""

@@ -44,7 +44,8 @@ def build_model(backbone: nn.Module, tasks: Sequence[TaskSpec], *, name: str = "
         name: the backbone's name, for messages.
 
     Raises:
-        PluginError: a part is missing, parameters lie outside trunk and heads, or none can be trained.
+        PluginError: a part is missing, parameters lie outside trunk and heads, none can be trained, or there is
+            state that is no tensor.
     """
     trunk = getattr(backbone, "trunk", None)
     if not isinstance(trunk, nn.Module):
@@ -70,6 +71,12 @@ def build_model(backbone: nn.Module, tasks: Sequence[TaskSpec], *, name: str = "
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PluginError(f"the backbone {name!r} has no trainable parameters: nothing could be learned")
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise PluginError(
+                f"the backbone {name!r} keeps state that is no tensor ({key}), which a file of weights cannot hold; "
+                "register it as a buffer"
+            )
     return model
 
 

@@ -22,6 +22,8 @@ _TRAINING_COLUMNS = {"epoch", "step", "lr", "weight_decay", "train_loss", "secon
 class CsvTable:
     """A CSV file that grows by a row an epoch; None and NaN are empty fields, floats keep all their digits.
 
+    A row need not have every column, and may bring new ones: a metric that is not defined in every epoch.
+
     Args:
         path: the file.
         rows: those that are known already; the file is cut back to them, and not there without any.
@@ -29,24 +31,30 @@ class CsvTable:
 
     def __init__(self, path: Path, rows: Sequence[Row]) -> None:
         self._path = path
+        self._rows: list[Row] = []
         self._columns: list[str] = []
         if rows:
-            self._columns = list(rows[0])
-            atomic.write_text(
-                path, _lines([self._columns, *([row[c] for c in self._columns] for row in rows)])
-            )
+            self._rewrite(rows)
         else:
             with atomic.writing(path):
                 path.unlink(missing_ok=True)
 
     def append(self, row: Row) -> None:
-        """Add a row at the end; the first one brings the header."""
-        text = ""
-        if not self._columns:
-            self._columns = list(row)
-            text = _lines([self._columns])
+        """Add a row at the end."""
+        if not row.keys() <= set(self._columns):
+            self._rewrite([*self._rows, row])
+            return
+        self._rows.append(row)
         with atomic.writing(self._path), self._path.open("a", encoding="utf-8", newline="") as file:
-            file.write(text + _lines([[row[column] for column in self._columns]]))
+            file.write(_lines([self._fields(row)]))
+
+    def _rewrite(self, rows: Sequence[Row]) -> None:
+        self._rows = list(rows)
+        self._columns = list(dict.fromkeys(column for row in rows for column in row))
+        atomic.write_text(self._path, _lines([self._columns, *map(self._fields, rows)]))
+
+    def _fields(self, row: Row) -> list[float | int | None]:
+        return [row.get(column) for column in self._columns]
 
 
 class EventLog:
@@ -85,14 +93,19 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def strict_json(value: Any) -> Any:
-    """Return ``value`` with NaN and infinities as null, which strict JSON readers need."""
+    """Return ``value`` as strict JSON readers need it: NaN and infinities as null, NumPy's numbers as Python's.
+
+    What JSON has no form for becomes text: nothing that a plugin put among its facts may cost a result.
+    """
+    if getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
         return {str(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [strict_json(item) for item in value]
-    return value
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _lines(rows: Sequence[Sequence[Any]]) -> str:

@@ -18,7 +18,7 @@ from mtlbalance.training.building import build_state
 from mtlbalance.training.checkpoints import Checkpoints
 from mtlbalance.training.data import build_data
 from mtlbalance.training.devices import resolve_device
-from mtlbalance.training.environment import describe_environment
+from mtlbalance.training.environment import changed_environment, describe_environment
 from mtlbalance.training.fingerprint import fingerprint
 from mtlbalance.training.observers import Observers
 from mtlbalance.training.progress import ProgressReport, RunShape, make_progress
@@ -75,10 +75,11 @@ def run_training(
         OtherRankError: another rank failed.
     """
     run_dir = out if out is not None else default_run_dir(config)
+    place = run_dir.absolute()  # a plugin may go to another folder
     with ExitStack() as stack:
         stop = stack.enter_context(stops_on_signals(config.run.preempt_signal))
         team = stack.enter_context(join_team())
-        folder = team.first(lambda: stack.enter_context(open_run_folder(run_dir)))
+        folder = team.first(lambda: stack.enter_context(open_run_folder(place)))
         results = team.shared(lambda: _look_into(folder, config, fresh=fresh))
         stack.enter_context(reproducible(config.run.seed, deterministic=config.run.deterministic))
         if results is not None:
@@ -86,7 +87,8 @@ def run_training(
             return RunOutcome(run_dir, results, "already-finished", team.is_first)
         device = resolve_device(team.device_name(config.run.device))
         progress = make_progress(quiet=quiet or not team.is_first)
-        return _Session(config, run_dir, folder, team, device, stop, progress).run(fresh=fresh)
+        results = _Session(config, place, folder, team, device, stop, progress).run(fresh=fresh)
+        return RunOutcome(run_dir, results, "finished", team.is_first)
 
 
 def default_run_dir(config: RunConfig) -> Path:
@@ -133,7 +135,7 @@ class _Session:
         self.checkpoints = Checkpoints(run_dir / "checkpoints")
         self.observers = Observers(config.registry.hook if team.is_first else None, self.log)
 
-    def run(self, *, fresh: bool) -> RunOutcome:
+    def run(self, *, fresh: bool) -> dict[str, Any]:
         config, team = self.config, self.team
         data, described = self._build_data()
         if not fresh:
@@ -159,7 +161,7 @@ class _Session:
             "finished", stopped=stopped, best_epoch=state.best.epoch, wall_seconds=state.wall_seconds
         )
         self.observers.notify("on_run_end", run_dir=self.run_dir, results=results)
-        return RunOutcome(self.run_dir, results, "finished", team.is_first)
+        return results
 
     def _build_data(self) -> tuple[MultiTaskData, dict[str, Any]]:
         """Build the data on rank 0 and then on the others, so that a cache is written once."""
@@ -182,14 +184,40 @@ class _Session:
             if old is not None:
                 self.progress.notice(f"the old run was set aside as {old}")
         saved = self.team.shared(self.checkpoints.latest)
-        environment = describe_environment(self.device) | {"ranks": self.team.size}
+        environment = describe_environment(self.device, self.config.plugins) | {"ranks": self.team.size}
         if saved is None:
             self.team.first(lambda: self._start_files(described, environment))
             return False
         state.load_state_dict(saved.weights, saved.state, rank=self.team.rank)
         self.team.first(lambda: self.checkpoints.discard_after(state))
-        self.log.write("resumed", after_epoch=state.epoch, after_step=state.step, environment=environment)
+        changed = self.team.first(lambda: self._changed(environment))
+        self.log.write(
+            "resumed",
+            after_epoch=state.epoch,
+            after_step=state.step,
+            changed=changed,
+            environment=environment,
+        )
         return True
+
+    def _changed(self, environment: dict[str, Any]) -> list[str]:
+        """Return, and warn of, what may give the run other digits here than where it began."""
+        config = self.config
+        chosen = {
+            "dataset": config.dataset.name,
+            "backbone": config.backbone.name,
+            "balancer": config.balancer.name,
+        }
+        packages = [config.registry.origin(slot, name).plugin for slot, name in chosen.items()]
+        changed = changed_environment(self.run_dir / "environment.json", environment, packages)
+        if changed:
+            warnings.warn(
+                "this run goes on in another environment than it began in, so its result need not be that of a run "
+                f"that never stopped, to the last digit ({'; '.join(changed)})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return changed
 
     def _start_files(self, described: dict[str, Any], environment: dict[str, Any]) -> None:
         folder = _opened(self.folder)
@@ -205,10 +233,9 @@ class _Session:
 
     def _say_where(self, state: RunState) -> None:
         batches = 0 if state.unfinished is None else state.unfinished.batches
-        inside = f", {batches} batches of the next one are done" if batches else ""
-        self.progress.notice(
-            f"resuming: epoch {state.epoch} was the last to finish (of {self.config.training.epochs}, from 0){inside}"
-        )
+        inside = f"; of the next one, {batches} batches are done" if batches else ""
+        last = f"epoch {state.epoch} was the last" if state.epoch >= 0 else "no epoch has come"
+        self.progress.notice(f"resuming: {last} to an end (of {self.config.training.epochs}, from 0){inside}")
 
     def _fit(self, state: RunState, data: MultiTaskData) -> StopReason:
         config, device = self.config, self.device

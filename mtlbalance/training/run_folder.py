@@ -129,6 +129,7 @@ class RunFolder:
             self.path.rename(old)
         except OSError as error:
             raise RunFolderError(f"cannot set {self.path} aside as {old}: {error}") from error
+        self._locks[-1].moved(old)
         self._locks.append(FolderLock(self.path))
         return old
 
@@ -158,8 +159,9 @@ class RunFolder:
             )
 
     def _release(self) -> None:
-        if not self.config_path.exists():  # nothing came of this run: leave no trace of it
-            self._locks[-1].remove()
+        last = self._locks[-1]
+        if last.folder == self.path and not self.config_path.exists():
+            last.remove()  # nothing came of this run: leave no trace of it
         for lock in self._locks:
             lock.release()
 

@@ -97,7 +97,11 @@ class RunState:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the live and the averaged weights and buffers by name."""
-        return {name: value for name, value in self._modules().items() if isinstance(value, Tensor)}
+        return {
+            f"{part}.{name}": value
+            for part, module in (("model", self.model), ("ema", self.ema))
+            for name, value in module.state_dict().items()
+        }
 
     def state_dict(self, generators: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return all but ``weights``: tensors, numbers, strings, containers.
@@ -107,9 +111,6 @@ class RunState:
         """
         in_batches = self.unfinished is not None and self.unfinished.row is None
         state: dict[str, Any] = {
-            "extra": {
-                name: value for name, value in self._modules().items() if not isinstance(value, Tensor)
-            },
             "balancer": self.balancer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -142,11 +143,10 @@ class RunState:
 
         A rank that was not there when the run was saved keeps its generators as they are.
         """
-        modules = {**weights, **state["extra"]}
-        self.model.load_state_dict(_below("model.", modules))
-        self.ema.load_state_dict(_below("ema.", modules))
+        self.model.load_state_dict(_below("model.", weights))
+        self.ema.load_state_dict(_below("ema.", weights))
         self.balancer.load_state_dict(state["balancer"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(_for_this_device(state["optimizer"], self.optimizer))
         self.scaler.load_state_dict(state["scaler"])
         self.plateau.load_state_dict(state["plateau"])
         self.order.load_state_dict(state["order"])
@@ -170,12 +170,14 @@ class RunState:
         if rank < len(state["rng"]):
             set_rng_state(state["rng"][rank])
 
-    def _modules(self) -> dict[str, Any]:
-        return {
-            f"{part}.{name}": value
-            for part, module in (("model", self.model), ("ema", self.ema))
-            for name, value in module.state_dict().items()
-        }
+
+def _for_this_device(saved: Mapping[str, Any], optimizer: AdamW) -> dict[str, Any]:
+    """Return an optimizer's saved state with the implementation of the device that it goes on with."""
+    groups = [
+        saved_group | {key: group[key] for key in ("fused", "foreach")}
+        for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**saved, "param_groups": groups}
 
 
 def _below(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:

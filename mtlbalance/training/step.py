@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ class TrainingStep:
         state, model, optimizer = self.state, self.state.model, self.state.optimizer
         buffers = [buffer.clone() for buffer in self._buffers] if self._skips else []
         with names_out_of_memory("the forward pass", _LESS_DATA), self._autocast:
-            predictions = self._forward(batch.inputs)  # 4 forward
+            with _names_lone_samples(batch):
+                predictions = self._forward(batch.inputs)  # 4 forward
             losses = self._losses(predictions, batch.targets)  # 5 inner losses, one value a sample
             if batch.weight is not None:
                 losses = {task: batch.weight.to(loss.dtype) * loss for task, loss in losses.items()}
@@ -153,3 +155,18 @@ class TrainingStep:
                 f"the model's weights or buffers became non-finite in epoch {epoch} (from 0); training stopped, the "
                 "checkpoints of earlier epochs are intact. Lower training.lr, or set training.grad_clip"
             )
+
+
+@contextmanager
+def _names_lone_samples(batch: Batch) -> Iterator[None]:
+    """Say what to do where BatchNorm is given the one sample that the last batch of an epoch has left."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        lone = "a batch of one sample" if batch.num_samples == 1 else "one sample of a batch on each rank"
+        raise TrainingError(
+            f"the backbone normalises over a batch, and cannot over {lone}; set training.drop_last = true, or choose a "
+            "training.batch_size that leaves more samples for the last batch"
+        ) from error

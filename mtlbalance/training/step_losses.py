@@ -23,8 +23,8 @@ class StepLosses:
     def __init__(self, tasks: Sequence[str], num_steps: int, device: torch.device) -> None:
         self.tasks = tuple(tasks)
         self._values_SC = torch.zeros(num_steps, len(tasks) + 2, device=device)
-        self._counts_SK: list[list[int]] = []
-        self._checked = 0
+        self._counts_SK = torch.zeros(num_steps, len(tasks), dtype=torch.int64)
+        self._done = self._checked = 0
         self._check_every = 1 if device.type == "cpu" else _CUDA_CHECK_EVERY_STEPS
 
     def row(self, losses: Mapping[str, Tensor], total: Tensor, grad_norm: Tensor) -> Tensor:
@@ -45,16 +45,17 @@ class StepLosses:
         Raises:
             NonFiniteError: a loss or the gradient is NaN or infinite.
         """
-        step = len(self._counts_SK)
+        step = self._done
         self._values_SC[step] = row_C
         found = set(present)
-        self._counts_SK.append([num_samples if task in found else 0 for task in self.tasks])
+        self._counts_SK[step] = torch.tensor([num_samples if task in found else 0 for task in self.tasks])
+        self._done += 1
         if step + 1 - self._checked >= self._check_every:
             self.check(epoch)
 
     def check(self, epoch: int) -> None:
         """Raise NonFiniteError for the first step since the last check with a non-finite value."""
-        first, end = self._checked, len(self._counts_SK)
+        first, end = self._checked, self._done
         self._checked = end
         values = self._values_SC[first:end]
         if bool(torch.isfinite(values.sum())):  # one non-finite entry makes the sum non-finite
@@ -81,9 +82,8 @@ class StepLosses:
 
     def means(self) -> dict[str, float]:
         """Return ``train_loss`` (mean over steps of the total) and ``train_loss_<task>`` (over samples)."""
-        num_steps = len(self._counts_SK)
-        values = self._values_SC[:num_steps].cpu().double()
-        counts = torch.tensor(self._counts_SK, dtype=torch.float64).reshape(num_steps, len(self.tasks))
+        values = self._values_SC[: self._done].cpu().double()
+        counts = self._counts_SK[: self._done].double()
         means = {"train_loss": float(values[:, -2].mean())}
         for k, task in enumerate(self.tasks):
             total = counts[:, k].sum()
@@ -92,12 +92,13 @@ class StepLosses:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far."""
-        num_steps = len(self._counts_SK)
-        counts = torch.tensor(self._counts_SK, dtype=torch.int64).reshape(num_steps, len(self.tasks))
-        return {"values": self._values_SC[:num_steps].cpu(), "counts": counts}
+        return {
+            "values": self._values_SC[: self._done].cpu().clone(),
+            "counts": self._counts_SK[: self._done].clone(),  # not the storage behind it
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from saved rows, which were checked when they were saved."""
-        self._counts_SK = state["counts"].tolist()
-        self._checked = len(self._counts_SK)
-        self._values_SC[: self._checked] = state["values"].to(self._values_SC.device)
+        self._done = self._checked = len(state["counts"])
+        self._counts_SK[: self._done] = state["counts"]
+        self._values_SC[: self._done] = state["values"].to(self._values_SC.device)

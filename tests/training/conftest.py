@@ -69,7 +69,7 @@ def plugin(configure: Configure) -> Iterator[Any]:
     module.observer_fails_in = ""
     module.data_source, module.input_shift = "made-up", 0.0
     module.unreadable_after = module.damage_after = module.hangs_at = None
-    module.unreadable_set, module.observer_draws = "train", False
+    module.unreadable_set, module.observer_draws, module.gives = "train", False, None
     module.signal_in.clear()
 
 

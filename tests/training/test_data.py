@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mtlbalance.datasets import InMemoryDataset
 from mtlbalance.errors import DataError, PluginError, RunFolderError
 from mtlbalance.training import run_training
-from mtlbalance.training.record import CsvTable
+from mtlbalance.training.record import CsvTable, json_bytes
 
 
 @pytest.mark.parametrize("ended", ["interrupted", "finished"])
@@ -125,3 +126,54 @@ def test_nan_is_an_empty_field(tmp_path: Path) -> None:
     table = CsvTable(tmp_path / "metrics.csv", [])
     table.append({"epoch": 0, "count": 259, "loss": float("nan"), "ratio": None})
     assert (tmp_path / "metrics.csv").read_text() == "epoch,count,loss,ratio\n0,259,,\n"
+
+
+def test_a_metric_need_not_be_there_in_every_epoch(
+    configure: Any, plugin: Any, read_csv: Any, assert_same: Any, tmp_path: Path
+) -> None:
+    def gives() -> dict[str, Any]:
+        done = sum(entry[0] == "evaluate" for entry in plugin.trace) % 4
+        return {"odd": np.float32(done)} if done % 2 else {"even": torch.tensor(float(done))}
+
+    config = configure("training.epochs=4", "training.ema_decay=0", "dataset.validation=false")
+    plugin.gives = gives
+    whole = run_training(config, out=tmp_path / "whole", quiet=True).run_dir
+    rows = read_csv(whole / "metrics.csv")
+    assert [(row["odd"], row["even"]) for row in rows] == [("1.0", ""), ("", "2.0"), ("3.0", ""), ("", "0.0")]
+    plugin.trace.clear()
+    plugin.interrupt_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, out=tmp_path / "parts", quiet=True)
+    plugin.interrupt_after = None
+    run_training(config, out=tmp_path / "parts", quiet=True)
+    assert_same(whole, tmp_path / "parts")
+    assert list(read_csv(tmp_path / "parts" / "metrics.csv")[0]) == list(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (lambda: None, "must return numbers by name; it returned None"),
+        (lambda: {"mark": "good"}, "metric 'mark' is no number but 'good'"),
+        (lambda: {"curve": torch.ones(2)}, "metric 'curve' is no number but tensor"),
+    ],
+)
+def test_an_evaluator_that_gives_no_numbers_is_told_so(
+    configure: Any, plugin: Any, gives: Any, message: str
+) -> None:
+    plugin.gives = gives
+    with pytest.raises(PluginError, match=message):
+        run_training(configure(), quiet=True)
+
+
+def test_what_json_cannot_hold_costs_no_result() -> None:
+    facts = {
+        "n": np.int64(3),
+        "x": np.float32(0.5),
+        "on": np.bool_(1),
+        "lost": np.float64("nan"),
+        "at": Path("a/b"),
+    }
+    told = json.loads(json_bytes({"facts": facts, "shape": list(np.array([30, 17])), "t": torch.tensor(2)}))
+    expected = {"n": 3, "x": 0.5, "on": True, "lost": None, "at": str(Path("a/b"))}
+    assert told == {"facts": expected, "shape": [30, 17], "t": 2}

@@ -72,6 +72,17 @@ def test_out_of_memory_names_the_phase_and_what_to_lower(
     assert json.loads(log.read_text().splitlines()[-1])["event"] == "failed"
 
 
+def test_one_sample_left_for_a_normalisation_over_the_batch(configure: Any, plugin: Any) -> None:
+    with pytest.raises(
+        TrainingError, match=r"cannot over a batch of one sample; set training\.drop_last = true"
+    ):
+        run_training(configure("dataset.samples=17"), quiet=True)
+    assert (
+        run_training(configure("dataset.samples=17", "training.drop_last=true"), quiet=True).status
+        == "finished"
+    )
+
+
 def test_out_of_memory_while_balancing(configure: Any, plugin: Any) -> None:
     """A balancer that reads gradients runs the backward pass of each task itself."""
     with pytest.raises(

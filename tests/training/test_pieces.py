@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -12,11 +13,15 @@ from mtlbalance.datasets import InMemoryDataset
 from mtlbalance.errors import PluginError, TrainingError
 from mtlbalance.slots import TaskSpec
 from mtlbalance.training.batches import EvaluationBatches, ShuffleOrder, training_batches
+from mtlbalance.training.building import build_state
+from mtlbalance.training.data import build_data
 from mtlbalance.training.early_stopping import BestEpoch, EarlyStopping
 from mtlbalance.training.losses import TaskLosses, resolve_loss
 from mtlbalance.training.metrics import check_metrics, task_metrics
 from mtlbalance.training.model import build_model
 from mtlbalance.training.run_folder import differing_keys
+from mtlbalance.training.seeding import rng_state
+from mtlbalance.training.step_losses import StepLosses
 
 LEVEL = TaskSpec("level", "regression", "mse", metrics=("rmse", "mae", "r2"))
 KIND = TaskSpec("kind", "classification", "cross_entropy", 3, metrics=("accuracy", "f1"))
@@ -79,6 +84,13 @@ class Backbone(nn.Module):
             setattr(self, name, part)
 
 
+class Counting(nn.Linear):
+    """Keeps a plain number with its weights."""
+
+    def get_extra_state(self) -> Any:
+        return {"calls": 3}
+
+
 def test_default_heads_and_their_shapes() -> None:
     wide = TaskSpec("pose", "regression", "mse", 2)
     model = build_model(Backbone(trunk=nn.Linear(4, 5), feature_size=5), [LEVEL, KIND, wide])
@@ -100,6 +112,7 @@ def test_default_heads_and_their_shapes() -> None:
             {"trunk": nn.Linear(4, 5), "feature_size": 5, "extra": nn.Linear(2, 2)},
             "outside trunk and heads.*extra",
         ),
+        ({"trunk": Counting(4, 5), "feature_size": 5}, r"no tensor \(trunk\._extra_state\).*buffer"),
     ],
 )
 def test_a_backbone_that_lacks_something(parts: dict[str, Any], message: str) -> None:
@@ -161,3 +174,25 @@ def test_differing_keys_are_dotted_and_free_ones_are_left_out() -> None:
     assert differing_keys(before, now, {"run.name"}) == [
         "balancer.weights.rul: 0.5 -> 0.7", "training.lr: '(not set)' -> 1.0",
     ]  # fmt: skip
+
+
+def test_what_is_saved_of_a_long_epoch_is_what_is_done_of_it() -> None:
+    losses = StepLosses(["level", "kind"], num_steps=10_000, device=torch.device("cpu"))
+    for step in range(3):
+        losses.keep(torch.tensor([1.0, 2.0, 3.0, step]), ["level"], 4, epoch=0)
+    buffer = io.BytesIO()
+    torch.save(losses.state_dict(), buffer)
+    assert len(buffer.getvalue()) < 4000
+    again = StepLosses(["level", "kind"], num_steps=10_000, device=torch.device("cpu"))
+    again.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
+    assert again.means()["train_loss_level"] == losses.means()["train_loss_level"] == 1.0
+    assert again.means()["train_loss"] == 3.0
+
+
+def test_a_run_that_goes_on_elsewhere_takes_the_optimizer_of_that_device(configure: Any, plugin: Any) -> None:
+    config = configure()
+    here, elsewhere = (build_state(config, build_data(config), torch.device("cpu")) for _ in range(2))
+    for group in elsewhere.optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False  # as on CUDA
+    here.load_state_dict(elsewhere.weights(), elsewhere.state_dict([rng_state()]))
+    assert [(g["fused"], g["foreach"]) for g in here.optimizer.param_groups] == [(False, True)]

@@ -44,6 +44,30 @@ def test_resuming_is_bit_exact(
     assert events == ["started", "interrupted", "resumed", "interrupted", "resumed", "finished"]
 
 
+def test_another_environment_is_said(configure: Any, plugin: Any, assert_same: Any, tmp_path: Path) -> None:
+    whole = run_training(configure(), out=tmp_path / "whole", quiet=True).run_dir
+    plugin.interrupt_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_training(configure(), out=tmp_path / "parts", quiet=True)
+    plugin.interrupt_after = None
+    path = tmp_path / "parts" / "environment.json"
+    environment = json.loads(path.read_text())
+    assert list(environment["plugins"]) == [plugin.__file__]
+    environment |= {"torch": "1.0", "num_cpus": 999}  # how many there are changes nothing
+    environment["plugins"][plugin.__file__] = "another sum"
+    environment["packages"]["numpy"] = "0.9"
+    path.write_text(json.dumps(environment))
+    with pytest.warns(RuntimeWarning, match=r"in another environment .*to the last digit") as caught:
+        run_training(configure(), out=tmp_path / "parts", quiet=True)
+    assert_same(whole, tmp_path / "parts")
+    [log] = [
+        line for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines() if "resumed" in line
+    ]
+    changed = json.loads(log)["changed"]
+    assert [line.split(":")[0] for line in changed] == ["torch", "numpy", "training_plugin.py"]
+    assert all(line in str(caught[0].message) for line in changed)
+
+
 def test_what_an_observer_draws_at_random_changes_nothing(
     configure: Any, plugin: Any, assert_same: Any, tmp_path: Path
 ) -> None:

@@ -16,15 +16,21 @@ import pytest
 
 from mtlbalance.errors import DeviceError, PluginError, RunFolderError
 from mtlbalance.training import run_training
+from mtlbalance.training.lock import FolderLock
 from mtlbalance.training.run_folder import open_run_folder
 from mtlbalance.training.stopping import stops_on_signals
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
+import os
 import sys
 from pathlib import Path
 from mtlbalance.training.run_folder import open_run_folder
 with open_run_folder(Path(sys.argv[1])):
+    if hasattr(os, "fork") and os.fork() == 0:  # as a process that loads samples; it lives a little longer
+        os.close(1)
+        os.read(0, 1)
+        os._exit(0)
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -61,6 +67,40 @@ def test_fresh_sets_the_old_run_aside(configure: Any, plugin: Any, tmp_path: Pat
         assert outcome.results["epochs_run"] == 2
         assert (tmp_path / f"run.old-{number}" / "results.json").exists()
     assert (tmp_path / "run.old-1" / "results.json").read_bytes() == old
+
+
+def test_another_process_that_comes_first_while_fresh_renames_keeps_its_lock(
+    configure: Any, plugin: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Between the renaming and the new lock there is no folder, and so no lock."""
+    out = run_training(configure("training.epochs=1"), out=tmp_path / "run", quiet=True).run_dir
+    rename, others = Path.rename, []
+
+    def rename_and_be_late(path: Path, target: Path) -> None:
+        rename(path, target)
+        others.append(FolderLock(out))
+
+    monkeypatch.setattr(Path, "rename", rename_and_be_late)
+    with pytest.raises(RunFolderError, match="in use by another process"):
+        run_training(configure("training.epochs=1"), out=out, fresh=True, quiet=True)
+    assert {path.name for path in out.iterdir()} == {".lock", ".holder.json"}
+    with pytest.raises(RunFolderError, match="in use by another process"):
+        FolderLock(out)
+    assert (tmp_path / "run.old-1" / "results.json").exists()
+    others[0].release()
+
+
+def test_a_plugin_that_goes_to_another_folder(
+    configure: Any, plugin: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    outcome = run_training(
+        configure("training.epochs=1", "dataset.spoil=folder"), out=Path("run"), quiet=True
+    )
+    assert outcome.run_dir == Path("run")
+    assert (tmp_path / "run" / "results.json").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_fresh_keeps_the_old_run_if_the_new_one_cannot_start(
@@ -125,9 +165,10 @@ def test_a_killed_holder_leaves_no_lock(configure: Any, plugin: Any, tmp_path: P
     assert holder.stdout is not None
     holder.stdout.readline()
     holder.kill()
-    holder.communicate()
+    holder.wait()
     assert (out / ".holder.json").exists()  # a note of the dead, which nobody believes
     assert run_training(configure("training.epochs=1"), out=out, quiet=True).status == "finished"
+    holder.communicate()  # what it had forked ends with this
 
 
 def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path: Path) -> None:

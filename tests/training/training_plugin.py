@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ observer_fails_in = ""
 data_source = "made-up"
 input_shift = 0.0
 observer_draws = False
+gives: Callable[[], Any] | None = None  # what the evaluator returns
 unreadable_set = "train"
 unreadable_after: int | None = None  # samples of that set
 damage_after: tuple[Any, ...] | None = None  # epoch, files
@@ -170,6 +171,8 @@ def build_pairs(options: PairsOptions) -> MultiTaskData:
         one_set("validation", 24),
         one_set("test", 30),
     )
+    if options.spoil == "folder":
+        os.chdir("elsewhere")
     if options.spoil == "build":
         raise KeyError("no such sensor")
     tasks = pair_tasks(options)
@@ -199,6 +202,8 @@ def evaluate(
     send_signal("evaluation")
     if len(meta["row"]) == 30:
         send_signal("test set")
+    if gives is not None:
+        return gives()
     in_order = bool((meta["row"] == torch.arange(len(meta["row"]))).all())
     return {"samples": len(targets["level"]), "in_order": float(in_order), "constant": 1.0}
 
