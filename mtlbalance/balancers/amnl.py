@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Reads, Sync, share_budget
+from mtlbalance.balancers.base import Reads, Sync
 from mtlbalance.balancers.fixed import FixedWeightLoss
+from mtlbalance.balancers.presence import share_budget
 from mtlbalance.balancers.sample_weights import FailureWeighting
 from mtlbalance.balancers.signals import Signals
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtlbalance.balancers.checks import one_of, task_names
 from mtlbalance.balancers.delivery import weighted_sum
 from mtlbalance.balancers.losses import check_sample_weights, name_losses, no_losses, reduce_losses
+from mtlbalance.balancers.presence import all_finite, everyone
 from mtlbalance.balancers.ranks import Ranks, active_ranks
 from mtlbalance.balancers.signals import Signals
 from mtlbalance.balancers.state import TaskState
@@ -32,6 +33,7 @@ class Call:
 
     Args:
         losses: task index -> 0-d loss with its graph, for the tasks present on this rank.
+        stacked_K: the same in one tensor, with its graph; None if some are absent, or they are on several devices.
         losses_K: the same, detached, 0 where absent.
         present_K: True where this rank has the task.
         signals: what loss-reading methods weigh, already averaged over ranks.
@@ -43,6 +45,7 @@ class Call:
     """
 
     losses: dict[int, Tensor]
+    stacked_K: Tensor | None
     losses_K: Tensor
     present_K: Tensor
     zeros: list[Tensor]
@@ -64,7 +67,10 @@ class Call:
 
     def weighted_sum(self, weights_K: Tensor) -> Tensor:
         """Return Σ w_k·L_k on this rank, differentiable, with the weights for gradients that ranks will average."""
-        return weighted_sum(self.losses, self.local_weights(weights_K), self.zeros)
+        local_K = self.local_weights(weights_K)
+        if self.stacked_K is not None and not self.zeros:
+            return (self.stacked_K * local_K).sum()  # two operations, whatever the number of tasks
+        return weighted_sum(self.losses, local_K, self.zeros)
 
     def value(self, weights_K: Tensor) -> Tensor:
         """Return Σ w_k·L_k on this rank, detached."""
@@ -189,10 +195,12 @@ class Balancer(TaskState, ABC):
             current weights, and no state change.
         """
         reduced, zeros = self._reduce(losses, sample_weights, context)
-        losses_K, present_K = self._stack(reduced, zeros)
+        stacked_K, losses_K, present_K = self._stack(reduced, zeros)
         if not (self.training and torch.is_grad_enabled()):
             return self._eval_call(reduced, present_K)
-        call = self._digest(reduced, losses_K, present_K, zeros, shared_params, model, retain_graph)
+        call = self._digest(
+            reduced, stacked_K, losses_K, present_K, zeros, shared_params, model, retain_graph
+        )
         if not reduced and not bool(call.signals.present_K.any()):
             return call.weighted_sum(losses_K)  # no rank has any task: nothing moves
         return self._train_call(call)
@@ -225,11 +233,16 @@ class Balancer(TaskState, ABC):
         weights_K = weights_K.detach().to(self.applied_weights.dtype)
         if self.has_task_weights:
             self.applied_weights.copy_(weights_K)
-        self.nonfinite_calls += (~finite).to(torch.int64)
         self.calls += 1
-        if finite.device.type == "cpu":
-            self._warn_nonfinite()
+        self._count_nonfinite(finite)
         return weights_K
+
+    def _count_nonfinite(self, finite: Tensor) -> None:
+        if finite.device.type != "cpu":
+            self.nonfinite_calls += ~finite
+        elif not bool(finite):
+            self.nonfinite_calls += 1
+            self._warn_nonfinite()
 
     def _reduce(
         self,
@@ -248,25 +261,36 @@ class Balancer(TaskState, ABC):
         reduced = reduce_losses(present, weights)
         return {self.tasks.index(task): loss for task, loss in reduced.items()}, zeros
 
-    def _stack(self, losses: Mapping[int, Tensor], zeros: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """Return the detached losses and the presence of each task, following the losses to their device."""
-        first = next(iter([*losses.values(), *zeros]))
-        if self.applied_weights.device != first.device:
+    def _stack(
+        self, losses: Mapping[int, Tensor], zeros: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return the losses in one tensor, if all are on one device; detached; and the presence of each task.
+
+        The balancer follows the losses to their device.
+        """
+        device = next(iter([*losses.values(), *zeros])).device
+        if self.applied_weights.device != device:
             with torch.inference_mode(False):  # state made under inference_mode could never be updated again
-                self.to(first.device)
+                self.to(device)
         if len(losses) == len(self.tasks):
-            losses_K = torch.stack([loss.detach().to(first.device) for loss in losses.values()])
-            return losses_K, torch.ones_like(losses_K, dtype=torch.bool)
-        losses_K = torch.zeros(len(self.tasks), dtype=first.dtype, device=first.device)
+            given = list(losses.values())
+            if all(loss.device == device for loss in given):
+                stacked_K = torch.stack(given)
+                return stacked_K, stacked_K.detach(), everyone(len(given), device)
+            losses_K = torch.stack([loss.detach().to(device) for loss in given])
+            return None, losses_K, everyone(len(given), device)
+        first = next(iter([*losses.values(), *zeros]))
+        losses_K = torch.zeros(len(self.tasks), dtype=first.dtype, device=device)
         present_K = torch.zeros_like(losses_K, dtype=torch.bool)
         for index, loss in losses.items():
             losses_K[index] = loss.detach()
             present_K[index] = True
-        return losses_K, present_K
+        return None, losses_K, present_K
 
     def _digest(
         self,
         losses: dict[int, Tensor],
+        stacked_K: Tensor | None,
         losses_K: Tensor,
         present_K: Tensor,
         zeros: list[Tensor],
@@ -279,9 +303,19 @@ class Balancer(TaskState, ABC):
         if ranks is not None:
             read_K, counts_K = ranks.mean_losses(losses_K, present_K)
             anywhere_K = counts_K > 0
-        signals = Signals(read_K, anywhere_K, None, torch.isfinite(read_K).all())
+        signals = Signals(read_K, anywhere_K, None, all_finite(read_K))
         return Call(
-            losses, losses_K, present_K, zeros, signals, ranks, counts_K, shared_params, model, retain_graph
+            losses,
+            stacked_K,
+            losses_K,
+            present_K,
+            zeros,
+            signals,
+            ranks,
+            counts_K,
+            shared_params,
+            model,
+            retain_graph,
         )
 
     # ------------------------------------------------------------------ read-outs
@@ -336,18 +370,3 @@ class Balancer(TaskState, ABC):
     def extra_repr(self) -> str:
         """Show the tasks in ``print(balancer)``."""
         return f"{self.get_name()}, tasks={self.tasks}"
-
-
-def share_budget(weights_K: Tensor, present_K: Tensor) -> Tensor:
-    """Return the weights of the present tasks, scaled so that they sum to what all weights sum to; 0 elsewhere."""
-    kept_K = weights_K * present_K
-    kept = kept_K.sum()
-    return torch.where(kept > 0, kept_K * (weights_K.sum() / kept), kept_K)
-
-
-def share_of_present(weights_K: Tensor, present_K: Tensor) -> Tensor:
-    """Return the present tasks' weights as shares of 1, 0 elsewhere; uniform if they are all 0."""
-    kept_K = weights_K * present_K
-    absent = (weights_K * ~present_K).sum()
-    kept = torch.where(absent > 0, kept_K.sum(), torch.ones_like(absent))  # all present: as they are
-    return torch.where(kept > 0, kept_K / kept, present_K / present_K.sum())

@@ -11,7 +11,7 @@ import numpy as np
 from mtlbalance.balancers.base import Sync
 from mtlbalance.balancers.checks import one_of, real
 from mtlbalance.balancers.gradient_balancer import Delivery
-from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer
+from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer, Indices
 from mtlbalance.balancers.simplex import simplex_qp
 
 
@@ -91,20 +91,37 @@ def _worst_case(gramian: Array, to_mean: Array, radius: float) -> Array:
     """Minimise to_mean·w + radius·‖g_w‖ over the simplex.
 
     ‖g_w‖ = min over t > 0 of (‖g_w‖²/t + t)/2, so for a fixed t this is a quadratic problem, convex in t; the
-    best t is where ‖g_w(t)‖ = t, found by bisection.
+    best t is where ‖g_w(t)‖ = t. While the same tasks have weights, w(t) is a line, so that t is known; where it
+    lies outside the bracket it is bisected.
     """
     if radius == 0.0:
         return simplex_qp(gramian, np.zeros(len(gramian)))
     high = float(np.sqrt(gramian.diagonal().max()))
     low = 1e-14 * high
     weights = np.full(len(gramian), 1.0 / len(gramian))
+    guess = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
     for _ in range(100):
-        middle = float(np.sqrt(low * high)) if low < 1e-3 * high else 0.5 * (low + high)
-        weights = simplex_qp(radius / middle * gramian, to_mean)
-        if float(weights @ gramian @ weights) > middle**2:
-            low = middle
-        else:
-            high = middle
-        if high - low <= 1e-15 * high:
+        if not low < guess < high:
+            guess = math.sqrt(low * high) if low < 1e-3 * high else 0.5 * (low + high)
+        weights = simplex_qp(radius / guess * gramian, to_mean, weights)
+        length = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
+        if abs(length - guess) <= 1e-15 * high or high - low <= 1e-15 * high:
             break
+        low, high = (guess, high) if length > guess else (low, guess)
+        guess = _length_on(np.flatnonzero(weights), gramian, to_mean, radius)
     return weights
+
+
+def _length_on(tasks: Indices, gramian: Array, to_mean: Array, radius: float) -> float:
+    """Return the t where ‖g_w(t)‖ = t if only these tasks have weights; 0 where there is none.
+
+    w(t) = p + t·q with p the shortest combination and q along it conjugate, so that ‖g_w(t)‖² = ‖g_p‖² + t²‖g_q‖².
+    """
+    part = gramian[np.ix_(tasks, tasks)]
+    inverted = np.linalg.lstsq(part, np.stack([np.ones(len(tasks)), to_mean[tasks]], axis=1), rcond=1e-13)[0]
+    if inverted[:, 0].sum() <= 0.0:
+        return 0.0
+    shortest = inverted[:, 0] / inverted[:, 0].sum()
+    along = (inverted[:, 1].sum() * shortest - inverted[:, 1]) / radius
+    squared = float(shortest @ part @ shortest) / max(1.0 - float(along @ part @ along), 1e-300)
+    return math.sqrt(squared) if 0.0 < squared < math.inf else 0.0

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtlbalance.balancers.base import Call, Sync, WeightSum, share_of_present
+from mtlbalance.balancers.base import Call, Sync, WeightSum
 from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer, Indices
 from mtlbalance.balancers.layout import Layout
+from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.balancers.probe import Plan, Probe
+from mtlbalance.balancers.products import cross_products
 from mtlbalance.balancers.shared import missing_shared
-from mtlbalance.balancers.signals import Signals, cross_products
+from mtlbalance.balancers.signals import Signals
 from mtlbalance.errors import SharedParametersError
 
 _SIZE_MEMORY = 0.9  # the old share of the gradient size, a pair

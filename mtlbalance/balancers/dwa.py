@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer, Sync, WeightSum
 from mtlbalance.balancers.checks import integer, real
+from mtlbalance.balancers.presence import choose, moving, softmax_of_present
 from mtlbalance.balancers.signals import Signals
 
 _LARGEST_RATIO = 1e6
@@ -90,10 +91,10 @@ class DWALoss(Balancer):
     def weigh(self, signals: Signals) -> Tensor:
         """Add the losses to the epoch's means, and apply the weights of the epochs before."""
         weights_K = self.current_weights(signals.present_K)
-        moves_K = signals.present_K & signals.finite
+        moves_K = moving(signals.present_K, signals.finite)
         self.epoch_counts += moves_K
         change_K = (signals.losses_K - self.epoch_means) / self.epoch_counts.clamp(min=1.0)
-        self.epoch_means.copy_(torch.where(moves_K, self.epoch_means + change_K, self.epoch_means))
+        self.epoch_means.copy_(choose(moves_K, self.epoch_means + change_K, self.epoch_means))
         self.calls_in_epoch += 1
         if self.calls_in_epoch == self.steps_per_epoch:
             self._roll()
@@ -103,7 +104,7 @@ class DWALoss(Balancer):
         """Return K times the softmax of the present tasks' ratios."""
         ratios_K = (self.means_1 / self.means_2).clamp(max=_LARGEST_RATIO)
         ratios_K = torch.where(ratios_K.isnan(), 1.0, ratios_K)
-        shares_K = (ratios_K / self.temperature).masked_fill(~present_K, -torch.inf).softmax(0)
+        shares_K = softmax_of_present(ratios_K / self.temperature, present_K)
         return len(self.tasks) * shares_K
 
     def end_epoch(self) -> None:

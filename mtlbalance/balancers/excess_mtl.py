@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Call, Reads, Sync, share_budget
+from mtlbalance.balancers.base import Call, Reads, Sync
 from mtlbalance.balancers.checks import real
 from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.layout import Layout
 from mtlbalance.balancers.per_parameter import PerParameter
+from mtlbalance.balancers.presence import share_budget
 from mtlbalance.balancers.probe import Probe
 from mtlbalance.balancers.signals import Gradients, Signals
 

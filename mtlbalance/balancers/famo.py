@@ -9,9 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Balancer, Sync, share_budget
+from mtlbalance.balancers.base import Balancer, Sync
 from mtlbalance.balancers.checks import real, task_weights
 from mtlbalance.balancers.losses import check_sample_weights, name_losses, no_losses, reduce_losses
+from mtlbalance.balancers.presence import (
+    all_finite,
+    choose,
+    is_everyone,
+    known_finite,
+    moving,
+    share_budget,
+    softmax_of_present,
+)
 from mtlbalance.balancers.ranks import active_ranks
 from mtlbalance.balancers.signals import Signals
 
@@ -114,14 +123,16 @@ class FAMOLoss(Balancer):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Step the logits if no ``update`` has done so since the last call, and apply their weights."""
-        moves_K = signals.present_K & signals.finite
+        moves_K = moving(signals.present_K, signals.finite)
         self._step_logits(signals.losses_K, moves_K)
         pulls_K = self._shares(signals.present_K) / self._distance(signals.losses_K)
         weights_K = pulls_K / pulls_K.sum()
-        self.last_weights.copy_(torch.where(moves_K, weights_K.to(self.last_weights), self.last_weights))
+        self.last_weights.copy_(choose(moves_K, weights_K.to(self.last_weights), self.last_weights))
         self.previous_losses.copy_(
-            torch.where(moves_K, signals.losses_K.to(self.previous_losses), self.previous_losses)
+            choose(moves_K, signals.losses_K.to(self.previous_losses), self.previous_losses)
         )
+        if is_everyone(moves_K):
+            return weights_K
         return torch.where(signals.finite, weights_K, self.current_weights(signals.present_K))
 
     def current_weights(self, present_K: Tensor) -> Tensor:
@@ -141,35 +152,35 @@ class FAMOLoss(Balancer):
         if not present and (ranks is None or not empty):
             raise no_losses(self.tasks, several_ranks=ranks is not None)
         reduced = reduce_losses(present, weights)
-        losses_K, present_K = self._stack(
+        _, losses_K, present_K = self._stack(
             {self.tasks.index(task): loss for task, loss in reduced.items()}, empty
         )
         if ranks is not None:
             losses_K, counts_K = ranks.mean_losses(losses_K, present_K)
             present_K = counts_K > 0
-        finite = self._usable(losses_K, present_K, torch.isfinite(losses_K).all())
-        self._step_logits(losses_K, present_K & finite)
+        finite = self._usable(losses_K, present_K, all_finite(losses_K))
+        self._step_logits(losses_K, moving(present_K, finite))
         self.previous_losses.fill_(math.nan)  # not used a second time by the next call
-        self.nonfinite_calls += (~finite).to(torch.int64)
         self.updates += 1
-        if finite.device.type == "cpu":
-            self._warn_nonfinite()
+        self._count_nonfinite(finite)
 
     def _usable(self, losses_K: Tensor, present_K: Tensor, finite: Tensor) -> Tensor:
-        return finite & ((losses_K >= self.min_losses) | ~present_K).all()
+        above_K = losses_K >= self.min_losses
+        return finite & (above_K if is_everyone(present_K) else above_K | ~present_K).all()
 
     def _distance(self, losses_K: Tensor) -> Tensor:
         return (losses_K - self.min_losses).clamp(min=0.0) + _MARGIN
 
     def _shares(self, present_K: Tensor) -> Tensor:
-        return self.logits.masked_fill(~present_K, -torch.inf).softmax(0)
+        return softmax_of_present(self.logits, present_K)
 
     def _step_logits(self, losses_K: Tensor, moves_K: Tensor) -> None:
         """Take Adam's step on the logits of the tasks that have an earlier loss, where ``moves_K``."""
-        moves_K = moves_K & ~self.previous_losses.isnan()
+        if not (is_everyone(moves_K) and known_finite(self.previous_losses)):
+            moves_K = moves_K & ~self.previous_losses.isnan()
         fall_K = self._distance(self.previous_losses).log() - self._distance(losses_K).log()
-        fall_K = torch.where(moves_K, fall_K, 0.0).to(self.logits)
-        shares_K = torch.where(moves_K, self._shares(moves_K), 0.0)  # none moves: the softmax is of nothing
+        fall_K = choose(moves_K, fall_K, 0.0).to(self.logits)
+        shares_K = choose(moves_K, self._shares(moves_K), 0.0)  # none moves: the softmax is of nothing
         slope_K = shares_K * (fall_K - (shares_K * fall_K).sum()) + self.gamma * self.logits
         beta_1, beta_2 = _BETAS
         first_K = beta_1 * self.moment_1 + (1.0 - beta_1) * slope_K
@@ -183,7 +194,7 @@ class FAMOLoss(Balancer):
             (self.adam_steps, steps_K),
             (self.logits, self.logits - size_K),
         ):
-            state.copy_(torch.where(moves_K, moved_K, state))
+            state.copy_(choose(moves_K, moved_K, state))
 
     def _report(self) -> dict[str, Tensor]:
         return {**super()._report(), "raw": self.logits.softmax(0)}

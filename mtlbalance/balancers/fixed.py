@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Balancer, Reads, Sync, WeightSum, share_budget
+from mtlbalance.balancers.base import Balancer, Reads, Sync, WeightSum
 from mtlbalance.balancers.checks import task_weights
+from mtlbalance.balancers.presence import share_budget
 
 
 class FixedWeightLoss(Balancer):

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Sync, share_of_present
+from mtlbalance.balancers.base import Sync
 from mtlbalance.balancers.checks import integer, real
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.presence import choose, is_everyone, moving, only, share_of_present
 from mtlbalance.balancers.signals import Signals
 
 
@@ -107,21 +108,24 @@ class GABALoss(GradientBalancer):
 
     def current_weights(self, present_K: Tensor) -> Tensor:
         """Return the floored and renormalised share of each present task."""
-        floored_K = share_of_present(self.ema_weights, present_K).clamp(min=self.min_weight) * present_K
+        floored_K = only(present_K, share_of_present(self.ema_weights, present_K).clamp(min=self.min_weight))
         return floored_K / floored_K.sum()
 
     def _measure(self, norms_K: Tensor, present_K: Tensor, finite: Tensor) -> None:
         raw_K = raw_weights(norms_K, present_K)
-        moves_K = present_K & finite
-        self.grad_norms.copy_(torch.where(moves_K, norms_K, self.grad_norms))
-        self.raw_weights.copy_(torch.where(moves_K, raw_K, self.raw_weights))
+        moves_K = moving(present_K, finite)
+        self.grad_norms.copy_(choose(moves_K, norms_K, self.grad_norms))
+        self.raw_weights.copy_(choose(moves_K, raw_K, self.raw_weights))
         if self.calls < self.warmup_steps:
             return
         decay = self.beta ** (self.calls - self.measured_at)
         self.measured_at = self.calls
-        budget = 1.0 - (self.ema_weights * ~present_K).sum()  # the present tasks' part; exactly 1 if all are
-        smoothed_K = decay * self.ema_weights + (1.0 - decay) * budget * raw_K
-        self.ema_weights.copy_(torch.where(moves_K, smoothed_K, self.ema_weights))
+        if not is_everyone(present_K):
+            raw_K = raw_K * (
+                1.0 - (self.ema_weights * ~present_K).sum()
+            )  # the present tasks' part of the weights
+        smoothed_K = decay * self.ema_weights + (1.0 - decay) * raw_K
+        self.ema_weights.copy_(choose(moves_K, smoothed_K, self.ema_weights))
 
     def _report(self) -> dict[str, Tensor]:
         return {
@@ -134,10 +138,11 @@ class GABALoss(GradientBalancer):
 
 def raw_weights(norms_K: Tensor, present_K: Tensor) -> Tensor:
     """Return λ_k = (S − n_k)/((K − 1)·S) over the present tasks; uniform if all norms are 0 or only one is there."""
-    count = present_K.sum()
     total = norms_K.sum()
-    uniform_K = present_K / count
     # The others' norms are summed, not subtracted from S: one norm may be all of S to rounding.
     others_K = norms_K.expand(len(norms_K), -1).clone().fill_diagonal_(0.0).sum(dim=1)
-    raw_K = present_K * others_K / ((count - 1).clamp(min=1) * total)
-    return torch.where((total > 0) & (count > 1), raw_K, uniform_K)
+    if is_everyone(present_K) and len(norms_K) > 1:
+        return torch.where(total > 0, others_K / ((len(norms_K) - 1) * total), 1.0 / len(norms_K))
+    present = present_K.sum()
+    raw_K = present_K * others_K / ((present - 1).clamp(min=1) * total)
+    return torch.where((total > 0) & (present > 1), raw_K, present_K / present)

@@ -21,6 +21,7 @@ from mtlbalance.balancers.graph import (
     reaches,
     trace,
 )
+from mtlbalance.balancers.presence import all_finite, both
 from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.probe_scale import ProbeScale
 from mtlbalance.balancers.shared import (
@@ -33,11 +34,12 @@ from mtlbalance.balancers.shared import (
 from mtlbalance.balancers.signals import (
     Gradients,
     Signals,
+    as_if_unseen,
     gradient_norm,
+    gradient_norms,
     require_differentiable,
     require_related,
     task_gradients,
-    without_hooks,
 )
 from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
@@ -134,12 +136,11 @@ class GradientBalancer(Balancer):
 
     def _finite(self, call: Call, probe: Probe, measured_K: Tensor) -> Tensor:
         """Return whether losses and what was measured are finite, and let the probe scale learn from it."""
-        finite_K = torch.isfinite(measured_K)
-        if probe.scales_K is not None:
-            overflowed_K = ~finite_K | _overflowed(call, probe.unread())
-            self.probe_scale.update(call.signals.present_K & call.signals.finite, overflowed_K)
-            finite_K = ~overflowed_K
-        return call.signals.finite & finite_K.all()
+        if probe.scales_K is None:
+            return both(call.signals.finite, all_finite(measured_K))
+        overflowed_K = ~torch.isfinite(measured_K) | _overflowed(call, probe.unread())
+        self.probe_scale.update(call.signals.present_K & call.signals.finite, overflowed_K)
+        return both(call.signals.finite, ~overflowed_K.any())
 
     def _by_weighted_sum(self, call: Call) -> Tensor:
         weights_K = self._apply_weights(call.signals)
@@ -199,8 +200,9 @@ class GradientBalancer(Balancer):
         rows: dict[int, Gradients] = {}
         of_own: dict[int, Gradients] = {}
         scales_K = self._scales(call, plan.shared)
-        for index in call.losses:
-            rows[index], of_own[index] = self._differentiate(call, plan, scales_K, index)
+        with as_if_unseen(plan.all()):
+            for index in call.losses:
+                rows[index], of_own[index] = self._differentiate(call, plan, scales_K, index)
         averaged = [False] * len(columns)
         if call.ranks is not None and call.counts_K is not None and self.sync == "gradients":
             leaves = [column for column, tensor in enumerate(plan.shared) if tensor.is_leaf]
@@ -220,15 +222,11 @@ class GradientBalancer(Balancer):
     ) -> tuple[Gradients, Gradients]:
         """Return one task's gradients of ``plan.shared`` and ``plan.several``, and those of its own leaves."""
         width = len(plan.shared) + len(plan.several)
-        kept = [(tensor, tensor.grad) for tensor in plan.shared if tensor.retains_grad and not tensor.is_leaf]
         loss, tensors = call.losses[index], [*plan.shared, *plan.several, *plan.own[index]]
         keep_graph = call.retain_graph or not plan.direct or index != next(reversed(call.losses))
         scaled = loss if scales_K is None else loss * scales_K[index]
-        with without_hooks(tensors):  # they run once, on what backward() hands over
-            gradients = task_gradients(scaled, tensors, retain_graph=keep_graph)
+        gradients = task_gradients(scaled, tensors, retain_graph=keep_graph)
         require_related(self.tasks[index], gradients, plan.shared)
-        for tensor, grad in kept:
-            tensor.grad = grad  # retain_grad() means the gradient of backward(), not of the probes
         return gradients[:width], gradients[width:]
 
     def _scales(self, call: Call, shared: list[Tensor]) -> Tensor | None:
@@ -246,8 +244,7 @@ class GradientBalancer(Balancer):
         device, count = call.losses_K.device, len(self.tasks)
 
         def norms_of(averaged: bool | None) -> Tensor:
-            norms = [gradient_norm(row, device) for row in probe.read(count, averaged=averaged)]
-            return probe.unscaled(torch.stack(norms))
+            return probe.unscaled(gradient_norms(probe.read(count, averaged=averaged), device))
 
         if call.ranks is None or call.counts_K is None:
             return norms_of(None)
@@ -267,14 +264,14 @@ class GradientBalancer(Balancer):
         )
         columns = [*plan.shared, *plan.several]
         total = GradientSum()
-        for index, row in probe.rows.items():
-            for averaged, weights in ((True, averaged_K), (False, local_K)):
-                chosen = [
-                    column for column, is_averaged in enumerate(probe.averaged) if is_averaged is averaged
-                ]
-                total.add([columns[c] for c in chosen], [row[c] for c in chosen], weights[index])
+        heads_of = heads_K.unbind()
+        for is_averaged, weights_of in ((True, averaged_K.unbind()), (False, local_K.unbind())):
+            chosen = [column for column, done in enumerate(probe.averaged) if done is is_averaged]
+            tensors = [columns[column] for column in chosen]
+            for index, row in probe.rows.items():
+                total.add(tensors, [row[column] for column in chosen], weights_of[index])
         for index, gradients in probe.of_own.items():
-            total.add(plan.own[index], gradients, heads_K[index])
+            total.add(plan.own[index], gradients, heads_of[index])
         total.reach(plan.waiting)
         return total.deliver(self._value(call, weights_K), keep=call.retain_graph)
 
@@ -291,7 +288,7 @@ class GradientBalancer(Balancer):
         total = GradientSum()
         for (index, loss), leaves in zip(call.losses.items(), reach.own, strict=False):
             if leaves:
-                with without_hooks(leaves):  # they run once, when this is handed over
+                with as_if_unseen(leaves):
                     of_own[index] = task_gradients(loss * scales_K[index], leaves, retain_graph=True)
                 total.add(leaves, of_own[index], missing_K[index])
         if given_K is not None:

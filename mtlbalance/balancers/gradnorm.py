@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Sync, WeightSum, share_budget
+from mtlbalance.balancers.base import Sync, WeightSum
 from mtlbalance.balancers.checks import real
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.presence import share_budget
 from mtlbalance.balancers.signals import Signals
 
 _SMALLEST_WEIGHT = 1e-3

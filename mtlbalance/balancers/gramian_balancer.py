@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtlbalance.balancers.base import Call, Reads, Sync, WeightSum, share_of_present
+from mtlbalance.balancers.base import Call, Reads, Sync, WeightSum
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.balancers.probe import Probe
-from mtlbalance.balancers.signals import Signals, gram_matrix
+from mtlbalance.balancers.products import gram_matrix
+from mtlbalance.balancers.signals import Signals
 from mtlbalance.errors import BalancerError
 
 Array = NDArray[np.float64]

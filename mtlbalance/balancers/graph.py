@@ -44,23 +44,32 @@ class Walk:
 
     def down(self, edges: Iterable[Edge]) -> Walk:
         """Go down from ``edges`` as far as the stops allow."""
-        pending = list(self.enter(edges))
+        pending = list(edges)
         while pending:
-            node = pending.pop()
-            if node not in self.nodes:
+            edge = pending.pop()
+            node, number = edge
+            if node is None or self._stop(edge) or node in self.nodes:
+                continue
+            if _passes(node):
+                pending.append(node.next_functions[number])
+            else:
                 self.nodes.add(node)
-                pending.extend(self.enter(node.next_functions))
+                pending += node.next_functions
         return self
 
     def enter(self, edges: Iterable[Edge]) -> Iterator[Node]:
         """Yield the nodes that the edges lead to, beyond nodes that only pass gradients on."""
         for edge in edges:
-            while edge not in self.stops and type(edge[0]).__name__ in _PASS_THROUGH:
+            while not self._stop(edge) and _passes(edge[0]):
                 edge = edge[0].next_functions[edge[1]]
-            if edge in self.stops:
-                self.met.add(edge)
-            elif edge[0] is not None:
+            if edge not in self.stops and edge[0] is not None:
                 yield edge[0]
+
+    def _stop(self, edge: Edge) -> bool:
+        if self.stops and edge in self.stops:
+            self.met.add(edge)
+            return True
+        return False
 
     def leaves(self) -> list[Tensor]:
         """Return the leaves among the nodes."""
@@ -73,20 +82,26 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
     Each node is visited at most twice, whatever the number of losses: once by the first loss that
     reaches it, and once more if it lies below a node where two losses meet.
     """
-    walk = Walk(_edges_of(shared))
+    stops = _edges_of(shared)
     first_by: dict[Node, int] = {}
     meetings: set[Node] = set()
     for index, loss in enumerate(losses):
-        pending = list(walk.enter([_edge(loss)]))
+        pending = [_edge(loss)]
         while pending:
-            node = pending.pop()
-            if node in first_by:
-                if first_by[node] != index:
-                    meetings.add(node)
+            edge = pending.pop()
+            node, number = edge
+            if node is None or (stops and edge in stops):
                 continue
-            first_by[node] = index
-            pending.extend(walk.enter(node.next_functions))
-    below = Walk(walk.stops)
+            first = first_by.get(node)
+            if first is not None:
+                if first != index:
+                    meetings.add(node)
+            elif _passes(node):
+                pending.append(node.next_functions[number])
+            else:
+                first_by[node] = index
+                pending += node.next_functions
+    below = Walk(stops)
     below.nodes |= meetings
     below.down(edge for node in meetings for edge in node.next_functions)
     shared_ids = {id(tensor) for tensor in shared}
@@ -202,6 +217,10 @@ def _edges_below(edge: Edge) -> Sequence[Edge]:
         return [node.next_functions[number]]
     below: Sequence[Edge] = node.next_functions
     return below
+
+
+def _passes(node: Node) -> bool:
+    return type(node).__name__ in _PASS_THROUGH
 
 
 def _leaf(node: Node) -> Tensor | None:

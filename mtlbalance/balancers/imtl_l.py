@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Sync
 from mtlbalance.balancers.learned_weights import LearnedWeights
+from mtlbalance.balancers.presence import only
 
 
 class IMTLLLoss(LearnedWeights):
@@ -49,4 +50,4 @@ class IMTLLLoss(LearnedWeights):
 
     def objective(self, losses_K: Tensor, present_K: Tensor) -> Tensor:
         """Return f."""
-        return ((torch.exp(self.log_scales) * losses_K - self.log_scales) * present_K).sum()
+        return only(present_K, torch.exp(self.log_scales) * losses_K - self.log_scales).sum()

@@ -18,7 +18,7 @@ from mtlbalance.balancers.graph import obstacle_to_direct_delivery, reached, tra
 from mtlbalance.balancers.layout import Layout
 from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.shared import hidden_heads, not_all_shared
-from mtlbalance.balancers.signals import Signals
+from mtlbalance.balancers.signals import Signals, as_if_unseen
 from mtlbalance.errors import SharedParametersError
 
 
@@ -194,7 +194,8 @@ class JacobianBalancer(GradientBalancer):
     ) -> Tensor:
         """Differentiate one loss; what is not of the shared tensors is noted in the probe."""
         width = len(probe.plan.shared)
-        row, probe.of_own[task] = self._differentiate(call, probe.plan, probe.scales_K, task)
+        with as_if_unseen(probe.plan.all()):
+            row, probe.of_own[task] = self._differentiate(call, probe.plan, probe.scales_K, task)
         probe.rows[task] = [*[None] * width, *row[width:]]
         pairs = zip(probe.plan.shared, row, strict=False)
         touched.update(id(tensor) for tensor, gradient in pairs if gradient is not None)

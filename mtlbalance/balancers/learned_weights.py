@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtlbalance.balancers.base import Sync
+from mtlbalance.balancers.base import Call, Sync
 from mtlbalance.balancers.objective import ObjectiveBalancer
-from mtlbalance.balancers.signals import Signals
 from mtlbalance.errors import UntrainedWeightsWarning
 
 PATIENCE_CALLS = 100
@@ -55,10 +54,9 @@ class LearnedWeights(ObjectiveBalancer):
         self._calls_since_look = 0
         self._warned_untrained = False
 
-    def _learned_term(self, signals: Signals, finite: Tensor) -> Tensor | None:
+    def _train_call(self, call: Call) -> Tensor:
         self._count_call()
-        losses_K = torch.where(signals.present_K & finite, signals.losses_K, 1.0)
-        return self.objective(losses_K, signals.present_K) * finite
+        return super()._train_call(call)
 
     def _count_call(self) -> None:
         if self._calls_since_look == 0:

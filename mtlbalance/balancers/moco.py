@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Call, Sync, WeightSum, share_of_present
+from mtlbalance.balancers.base import Call, Sync, WeightSum
 from mtlbalance.balancers.checks import real
+from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.balancers.signals import Signals
 from mtlbalance.balancers.tracking import TrackingBalancer
 

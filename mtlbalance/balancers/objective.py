@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer, Call, Shows, Sync, WeightSum
+from mtlbalance.balancers.presence import all_finite, both, choose, moving
 from mtlbalance.balancers.signals import Signals
 
 
@@ -64,37 +65,38 @@ class ObjectiveBalancer(Balancer):
         return self.last_weights * present_K
 
     def _train_call(self, call: Call) -> Tensor:
-        slopes_K = self._slopes(call.signals)
-        finite = call.signals.finite & torch.isfinite(slopes_K).all()
-        learned = self._learned_term(call.signals, finite)
-        own = self._own_value(call)
+        learned = [parameter for parameter in self.parameters(recurse=False) if parameter.requires_grad]
+        read, slopes_K, slopes = self._slopes(call.signals, learned)
+        finite = both(call.signals.finite, all_finite(slopes_K))
+        own = self._own_value(call, read)
         weights_K = self._note(self._move(call.signals, slopes_K, finite), finite)
         total = call.weighted_sum(weights_K)
-        if learned is not None:
-            total = total + learned
+        for parameter, slope in zip(learned, slopes, strict=True):
+            total = total + (parameter * torch.where(finite, slope, 0.0)).sum()  # its gradient is the slope
         value = torch.where(torch.isfinite(own), own, call.value(weights_K))
         return total + (value - total.detach())
 
-    def _slopes(self, signals: Signals) -> Tensor:
-        losses_K = torch.where(signals.present_K, signals.losses_K, 1.0).requires_grad_()
+    def _slopes(self, signals: Signals, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Return f of the losses that were read, and its slopes by them and by the method's own parameters."""
+        losses_K = choose(signals.present_K, signals.losses_K, 1.0).detach().requires_grad_()
         with torch.enable_grad():
-            (slopes_K,) = torch.autograd.grad(self.objective(losses_K, signals.present_K), losses_K)
-        return slopes_K
+            objective = self.objective(losses_K, signals.present_K)
+            slopes_K, *slopes = torch.autograd.grad(objective, [losses_K, *learned])
+        return objective.detach(), slopes_K, slopes
 
     def _move(self, signals: Signals, slopes_K: Tensor, finite: Tensor) -> Tensor:
         """Remember good slopes, let the method observe the losses, and return what is to be applied."""
-        slopes_K = torch.where(signals.present_K & finite, slopes_K.to(self.last_weights), self.last_weights)
+        moves_K = moving(signals.present_K, finite)
+        slopes_K = choose(moves_K, slopes_K.to(self.last_weights), self.last_weights)
         self.last_weights.copy_(slopes_K)
         self.observe(Signals(signals.losses_K, signals.present_K, None, finite))
         return self.current_weights(signals.present_K)
 
-    def _learned_term(self, signals: Signals, finite: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Return what carries the gradients of the method's own parameters; None if it has none."""
-        return None
-
     @torch.no_grad()
-    def _own_value(self, call: Call) -> Tensor:
+    def _own_value(self, call: Call, read: Tensor) -> Tensor:
         """Return f of this rank's losses; where it has no finite value, the weighted sum is shown instead."""
+        if call.ranks is None:
+            return read
         return self.objective(torch.where(call.present_K, call.losses_K, 1.0), call.present_K)
 
     def _eval_call(self, losses: dict[int, Tensor], present_K: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ class Plan:
     waiting: list[Tensor]
     direct: bool
 
+    def all(self) -> list[Tensor]:
+        """Return every tensor that some task is differentiated by."""
+        return [*self.shared, *self.several, *(leaf for leaves in self.own.values() for leaf in leaves)]
+
 
 @dataclass(frozen=True)
 class Probe:

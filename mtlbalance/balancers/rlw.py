@@ -11,6 +11,7 @@ from torch import Tensor
 from mtlbalance.balancers.base import Balancer, Reads, Sync
 from mtlbalance.balancers.checks import integer
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.presence import choose, moving, softmax_of_present
 from mtlbalance.balancers.signals import Signals
 
 
@@ -32,12 +33,12 @@ class _RandomWeights(Balancer):
         """Draw for every task, present or not, so that ranks and devices keep in step; use it where finite."""
         drawn_K = torch.randn(len(self.tasks), generator=self.generator, device="cpu")
         drawn_K = drawn_K.to(self.logits.device, non_blocking=True)
-        self.logits.copy_(torch.where(signals.present_K & signals.finite, drawn_K, self.logits))
+        self.logits.copy_(choose(moving(signals.present_K, signals.finite), drawn_K, self.logits))
         return self.current_weights(signals.present_K)
 
     def current_weights(self, present_K: Tensor) -> Tensor:
         """Return the softmax of the last draw over the present tasks."""
-        return self._scale * self.logits.masked_fill(~present_K, -torch.inf).softmax(0)
+        return self._scale * softmax_of_present(self.logits, present_K)
 
 
 class RLWLoss(_RandomWeights):

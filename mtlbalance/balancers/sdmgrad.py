@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtlbalance.balancers.base import Sync, share_of_present
+from mtlbalance.balancers.base import Sync
 from mtlbalance.balancers.checks import real
 from mtlbalance.balancers.double_sampling import DoubleSamplingBalancer
 from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, Indices
 from mtlbalance.balancers.preferences import preferences
+from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.balancers.simplex import project_on_simplex
 
 

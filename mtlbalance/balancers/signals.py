@@ -16,11 +16,7 @@ from mtlbalance.balancers.probe_scale import half_scale
 from mtlbalance.balancers.shared import list_shared, unrelated_shared
 from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
-_GRAM_CHUNK = 2**20  # numbers a task copied to float64 at a time, so that no layer is held twice
-
 Gradients = list[Tensor | None]  # one a tensor that was differentiated; None where the loss does not reach it
-
-_PRODUCT_NUMBERS = 2**22  # multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -60,55 +56,46 @@ def task_gradients(loss: Tensor, tensors: Sequence[Tensor], *, retain_graph: boo
 
 
 @contextmanager
-def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Differentiate without running the hooks that were registered on ``tensors``."""
-    kept = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
-    for hooks, _ in kept:
+def as_if_unseen(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Differentiate by ``tensors`` without running their hooks, or leaving anything where ``retain_grad()`` was called.
+
+    Both are for the gradient that ``backward()`` hands over, not for those of the probes.
+    """
+    hooked = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+    retained = [
+        (tensor, tensor.grad) for tensor in tensors if tensor.grad_fn is not None and tensor.retains_grad
+    ]
+    for hooks, _ in hooked:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, items in kept:
+        for hooks, items in hooked:
             hooks.update(items)
+        for tensor, grad in retained:
+            tensor.grad = grad
 
 
 def gradient_norm(gradients: Gradients, device: torch.device) -> Tensor:
     """Return the joint L2 norm as a 0-d tensor of at least float32 on ``device``, without a host sync."""
     dense = [_values(gradient) for gradient in gradients if gradient is not None]
-    dtype = torch.float64 if any(values.dtype == torch.float64 for values in dense) else torch.float32
     if not dense:
         return torch.zeros((), device=device)
-    norms = torch._foreach_norm(dense, 2.0, dtype=dtype)
+    norms = torch._foreach_norm(dense, 2.0, dtype=_norm_dtype(dense))
     joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
     return joint
 
 
-def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
-    """Return the (K, K) inner products of K tasks' gradients, without a host sync.
-
-    ``rows`` has one list of gradients a task over the same tensors; None counts as zero. An empty row is a
-    task without any gradient. Products are summed in float64 where the device has it: what float32 rounds
-    off in a singular Gramian would be inverted as if it were signal.
-    """
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    count = len(rows)
-    width = max((len(row) for row in rows), default=0)
-    total = torch.zeros(count, count, dtype=dtype, device=device)
-    with torch.autocast(device.type, enabled=False):  # a product of gradients must not lose precision
-        for position in range(width):
-            column = [row[position] if row else None for row in rows]
-            flat = [None if g is None else real_parts(g.to_dense()).reshape(-1) for g in column]
-            found = next((gradient for gradient in flat if gradient is not None), None)
-            if found is None:
-                continue
-            for start in range(0, found.numel(), _GRAM_CHUNK):
-                width_here = min(_GRAM_CHUNK, found.numel() - start)
-                rows_KC = torch.zeros(count, width_here, dtype=dtype, device=found.device)
-                for row_C, gradient in zip(rows_KC, flat, strict=True):
-                    if gradient is not None:
-                        row_C.copy_(gradient[start : start + width_here])
-                total = total + (rows_KC @ rows_KC.T).to(device)
-    return total
+def gradient_norms(rows: Sequence[Gradients], device: torch.device) -> Tensor:
+    """Return (K,) `gradient_norm` of K tasks' gradients, in three operations if they have the same tensors."""
+    dense = [[_values(gradient) for gradient in row if gradient is not None] for row in rows]
+    flat = [values for row in dense for values in row]
+    counts = {len(row) for row in dense}
+    if len(counts) > 1 or not flat or len({values.device for values in flat}) > 1:
+        return torch.stack([gradient_norm(row, device) for row in rows])
+    norms = torch.stack(torch._foreach_norm(flat, 2.0, dtype=_norm_dtype(flat))).to(device)
+    joint_K: Tensor = torch.linalg.vector_norm(norms.view(len(rows), -1), dim=1)
+    return joint_K
 
 
 def task_gradient_norms(
@@ -160,19 +147,6 @@ def task_gradient_norms(
     return norms
 
 
-def cross_products(first_KP: Tensor, second_KP: Tensor) -> Tensor:
-    """Return the (K, K) inner products of the rows of two batches' gradients, in float64, without a host sync."""
-    dtype = torch.float32 if first_KP.device.type == "mps" else torch.float64
-    count, width = first_KP.shape
-    total = torch.zeros(count, count, dtype=dtype, device=first_KP.device)
-    step = max(1, _PRODUCT_NUMBERS // count)
-    with torch.autocast(first_KP.device.type, enabled=False):
-        for start in range(0, width, step):  # copies in float64 would be larger than the gradients
-            columns = slice(start, start + step)
-            total = total + first_KP[:, columns].to(dtype) @ second_KP[:, columns].to(dtype).T
-    return total
-
-
 def require_differentiable(task: str, loss: Tensor) -> None:
     """Raise unless the loss has a graph to differentiate."""
     if not loss.requires_grad:
@@ -191,6 +165,10 @@ def require_related(task: str, gradients: Gradients, shared: Sequence[Tensor]) -
 def real_parts(values: Tensor) -> Tensor:
     """Return complex numbers as pairs of real ones, and real ones as they are."""
     return torch.view_as_real(values) if values.is_complex() else values
+
+
+def _norm_dtype(values: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(each.dtype == torch.float64 for each in values) else torch.float32
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -17,10 +17,15 @@ _TOLERANCE = 1e-12
 _FLAT = 1e-10  # curvature, of the largest one, that rounding may have left
 
 
-def simplex_qp(quadratic: Array, linear: Array) -> Array:
+def simplex_qp(quadratic: Array, linear: Array, start: Array | None = None) -> Array:
     """Minimise ½wᵀQw + bᵀw over the simplex {w >= 0, Σw = 1}, Q positive semidefinite with a positive diagonal.
 
     A primal active-set method: it moves between supports, and stops where no multiplier is negative.
+
+    Args:
+        quadratic: Q, (K, K).
+        linear: b, (K,).
+        start: a point of the simplex to start from, such as the solution of a problem nearby; None: a corner.
     """
     count = len(linear)
     root = np.sqrt(quadratic.diagonal())
@@ -31,9 +36,12 @@ def simplex_qp(quadratic: Array, linear: Array) -> Array:
     slope = linear / (root * smallest)
     size = max(1.0, float(np.abs(slope).max()))
     unit, slope = unit / size, slope / size
-    values = np.zeros(count)
-    start = int(np.argmin(0.5 * unit.diagonal() / sums**2 + slope / sums))
-    values[start] = 1.0 / sums[start]
+    if start is None:
+        values = np.zeros(count)
+        corner = int(np.argmin(0.5 * unit.diagonal() / sums**2 + slope / sums))
+        values[corner] = 1.0 / sums[corner]
+    else:
+        values = start / sums
     support = values > 0
     for _ in range(50 * count):
         target, multiplier = _equality_qp(unit, slope, sums, support)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtlbalance.balancers.base import Sync
 from mtlbalance.balancers.checks import known_task, one_of, task_names
 from mtlbalance.balancers.learned_weights import LearnedWeights
+from mtlbalance.balancers.presence import only
 from mtlbalance.errors import InvalidArgumentError
 
 KINDS = ("regression", "classification")
@@ -74,7 +75,7 @@ class UncertaintyLoss(LearnedWeights):
     def objective(self, losses_K: Tensor, present_K: Tensor) -> Tensor:
         """Return f."""
         terms_K = self.loss_factors * torch.exp(-self.log_scales) * losses_K + 0.5 * self.log_scales
-        return (terms_K * present_K).sum()
+        return only(present_K, terms_K).sum()
 
 
 def _kinds(kinds: Mapping[str, str] | None, tasks: Sequence[str]) -> list[str]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mtlbalance import Balancer
-from mtlbalance.balancers.base import share_of_present
 from mtlbalance.balancers.gradient_balancer import GradientBalancer
 from mtlbalance.balancers.jacobian_balancer import Combination, JacobianBalancer
 from mtlbalance.balancers.objective import ObjectiveBalancer
+from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.errors import SharedParametersError
 
 BROKEN: dict[type[Balancer], set[str]] = {}
@@ -136,8 +136,8 @@ class ShowsAnotherObjective(ObjectiveBalancer):
     def objective(self, losses_K, present_K):
         return (losses_K * present_K).sum()
 
-    def _own_value(self, call):
-        return 2.0 * super()._own_value(call)
+    def _own_value(self, call, read):
+        return 2.0 * super()._own_value(call, read)
 
     def _eval_call(self, losses, present_K):
         return 2.0 * super()._eval_call(losses, present_K)

@@ -1,0 +1,93 @@
+"""Which tasks take part in a call, and which state may move.
+
+Nearly every call has all tasks and finite losses. Where the host knows so without asking a device, the mask is one
+constant tensor that is recognised, and nothing is masked by it: on small models, arithmetic on masks of K
+numbers was half of what a call cost.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_EVERYONE: dict[tuple[int, torch.device], Tensor] = {}
+_READ_AT_MOST = 64  # numbers looked at on the host, one by one
+
+
+def everyone(count: int, device: torch.device) -> Tensor:
+    """Return the (K,) mask of a call that has every task."""
+    mask_K = _EVERYONE.get((count, device))
+    if mask_K is None or mask_K._version:  # someone wrote into it: it means something else now
+        with torch.inference_mode(False):
+            mask_K = _EVERYONE[count, device] = torch.ones(count, dtype=torch.bool, device=device)
+    return mask_K
+
+
+def is_everyone(mask_K: Tensor) -> bool:
+    """Return whether the host knows that all K entries are True; False says nothing."""
+    return mask_K is _EVERYONE.get((len(mask_K), mask_K.device)) and not mask_K._version
+
+
+def known_finite(values: Tensor) -> bool:
+    """Return whether the host knows that all values are finite; False says nothing."""
+    if values.device.type != "cpu" or values.numel() > _READ_AT_MOST:
+        return False
+    return all(map(math.isfinite, values.flatten().tolist()))
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Return whether all values are finite as a 0-d bool on their device, without waiting for it."""
+    return torch.tensor(True, device="cpu") if known_finite(values) else torch.isfinite(values).all()
+
+
+def both(first: Tensor, second: Tensor) -> Tensor:
+    """Return ``first & second`` of 0-d bools on one device."""
+    return second if first.device.type == "cpu" and bool(first) else first & second
+
+
+def moving(present_K: Tensor, finite: Tensor) -> Tensor:
+    """Return the (K,) mask of the tasks whose state moves: present ones, in a call whose numbers are ``finite``."""
+    if finite.device.type == "cpu" and is_everyone(present_K) and bool(finite):
+        return present_K
+    return present_K & finite
+
+
+def choose(mask_K: Tensor, new_K: Tensor, old_K: Tensor | float) -> Tensor:
+    """Return ``new_K`` where the mask is True and ``old_K`` elsewhere; ``new_K`` itself if that is everywhere."""
+    return new_K if is_everyone(mask_K) else torch.where(mask_K, new_K, old_K)
+
+
+def only(mask_K: Tensor, values_K: Tensor) -> Tensor:
+    """Return the finite values where the mask is True and 0 elsewhere; the values themselves if that is everywhere."""
+    return values_K if is_everyone(mask_K) else values_K * mask_K
+
+
+def count_of(mask_K: Tensor) -> Tensor | int:
+    """Return how many entries are True: a number that the host knows, or else a 0-d tensor."""
+    return len(mask_K) if is_everyone(mask_K) else mask_K.sum()
+
+
+def share_budget(weights_K: Tensor, present_K: Tensor) -> Tensor:
+    """Return the weights of the present tasks, scaled so that they sum to what all weights sum to; 0 elsewhere."""
+    if is_everyone(present_K):
+        return weights_K.clone()  # never the state itself: autograd keeps what it is given
+    kept_K = weights_K * present_K
+    kept = kept_K.sum()
+    return torch.where(kept > 0, kept_K * (weights_K.sum() / kept), kept_K)
+
+
+def share_of_present(weights_K: Tensor, present_K: Tensor) -> Tensor:
+    """Return the present tasks' weights as shares of 1, 0 elsewhere; uniform if they are all 0."""
+    if is_everyone(present_K):
+        return weights_K.clone()
+    kept_K = weights_K * present_K
+    absent = (weights_K * ~present_K).sum()
+    kept = torch.where(absent > 0, kept_K.sum(), torch.ones_like(absent))  # all present: as they are
+    return torch.where(kept > 0, kept_K / kept, present_K / present_K.sum())
+
+
+def softmax_of_present(logits_K: Tensor, present_K: Tensor) -> Tensor:
+    """Return the softmax over the present tasks, 0 elsewhere."""
+    return (logits_K if is_everyone(present_K) else logits_K.masked_fill(~present_K, -torch.inf)).softmax(0)

@@ -1,0 +1,100 @@
+"""Inner products of task gradients, in float64 and without holding a copy of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mtlbalance.balancers.signals import Gradients, real_parts
+
+_BLOCK_NUMBERS = 2**22  # copied to float64, and multiplied, at a time
+
+
+def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
+    """Return the (K, K) inner products of K tasks' gradients, without a host sync.
+
+    ``rows`` has one list of gradients a task over the same tensors; None counts as zero. An empty row is a
+    task without any gradient. Products are summed in float64 where the device has it: what float32 rounds
+    off in a singular Gramian would be inverted as if it were signal.
+    """
+    total_KK = torch.zeros(len(rows), len(rows), dtype=_product_dtype(device), device=device)
+    with torch.autocast(device.type, enabled=False):  # a product of gradients must not lose precision
+        for block_KC in _blocks(rows):
+            total_KK = total_KK + _products(block_KC).to(device)
+    return total_KK
+
+
+def cross_products(first_KP: Tensor, second_KP: Tensor) -> Tensor:
+    """Return the (K, K) inner products of the rows of two batches' gradients, in float64, without a host sync."""
+    dtype = _product_dtype(first_KP.device)
+    count, width = first_KP.shape
+    total = torch.zeros(count, count, dtype=dtype, device=first_KP.device)
+    step = max(1, _BLOCK_NUMBERS // count)
+    with torch.autocast(first_KP.device.type, enabled=False):
+        for start in range(0, width, step):  # copies in float64 would be larger than the gradients
+            columns = slice(start, start + step)
+            total = total + first_KP[:, columns].to(dtype) @ second_KP[:, columns].to(dtype).T
+    return total
+
+
+def _blocks(rows: Sequence[Gradients]) -> Iterator[Tensor]:
+    """Yield all gradients of K tasks as (K, C) blocks in float64, small tensors together and large ones in pieces."""
+    width = max(1, _BLOCK_NUMBERS // len(rows))  # all copies at once would be larger than the gradients
+    pieces: list[Gradients] = []
+    size = 0
+    for position in range(max((len(row) for row in rows), default=0)):
+        column = [row[position] if row else None for row in rows]
+        flat: Gradients = [None if g is None else real_parts(g.to_dense()).reshape(-1) for g in column]
+        found = next((gradient for gradient in flat if gradient is not None), None)
+        if found is None:
+            continue
+        for start in range(0, found.numel(), width):
+            stop = min(start + width, found.numel())
+            if pieces and (size + stop - start > width or found.device != _device_of(pieces[0])):
+                yield _block(pieces)
+                pieces, size = [], 0
+            pieces.append([gradient if gradient is None else gradient[start:stop] for gradient in flat])
+            size += stop - start
+    if pieces:
+        yield _block(pieces)
+
+
+def _block(pieces: Sequence[Gradients]) -> Tensor:
+    """Return pieces of K tasks' gradients, each a list of K or None, side by side as one (K, C) block."""
+    device = _device_of(pieces[0])
+    sizes = [next(gradient.numel() for gradient in piece if gradient is not None) for piece in pieces]
+    block_KC = torch.empty(len(pieces[0]), sum(sizes), dtype=_product_dtype(device), device=device)
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for task, row_C in enumerate(block_KC.unbind()):
+        for piece, target in zip(pieces, torch.split(row_C, sizes), strict=True):
+            source = piece[task]
+            if source is None:
+                target.zero_()
+            else:
+                targets.append(target)
+                sources.append(source)
+    torch._foreach_copy_(targets, sources)
+    return block_KC
+
+
+def _products(block_KC: Tensor) -> Tensor:
+    """Return the inner products of the rows."""
+    if block_KC.device.type != "cpu":
+        return block_KC @ block_KC.T
+    products_KK = block_KC.new_zeros(len(block_KC), len(block_KC))
+    for task, row_C in enumerate(
+        block_KC
+    ):  # one triangle, row by row: on a CPU half the time of the whole product
+        products_KK[task, : task + 1] = block_KC[: task + 1] @ row_C
+    return products_KK + products_KK.tril(-1).T
+
+
+def _device_of(piece: Gradients) -> torch.device:
+    return next(gradient.device for gradient in piece if gradient is not None)
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
