@@ -121,7 +121,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    args.variants = chosen_variants(parser, args)
+    args.variants = chosen_variants(parser, args, timed=False)
     return args
 
 

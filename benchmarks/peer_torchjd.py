@@ -7,7 +7,7 @@ Shared and task parameters are named in the call, which saves it the walk throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,8 +32,8 @@ METHODS = (
     "trimmed-mean",
     "fairgrad",
 )
-BY_AUTOGRAM = ("pcgrad", "upgrad", "mgda")  # and others; what it costs is the engine's, not the method's
-SOLVED_BY_CVXPY = ("cagrad", "nash-mtl")  # torchjd's extra `full`
+WITH_GRAMIAN = ("pcgrad", "upgrad", "mgda", "aligned-mtl", "imtl-g", "dualproj", "krum")
+TIMED_BY_AUTOGRAM = ("pcgrad", "upgrad", "mgda")  # what the engine costs is alike for all
 
 
 def aggregator(method: str, count: int) -> Any:
@@ -67,6 +67,10 @@ def weighting(method: str) -> Any:
         "pcgrad": aggregation.PCGradWeighting,
         "upgrad": aggregation.UPGradWeighting,
         "mgda": aggregation.MGDAWeighting,
+        "aligned-mtl": aggregation.AlignedMTLWeighting,
+        "imtl-g": aggregation.IMTLGWeighting,
+        "dualproj": aggregation.DualProjWeighting,
+        "krum": lambda: aggregation.KrumWeighting(n_byzantine=0),
     }
     return makers[method]()
 
@@ -127,13 +131,14 @@ def _gramian_variant(method: str) -> Variant:
     return Variant("torchjd", method, "autogram", steps)
 
 
-def variants(wanted: tuple[str, ...] | list[str]) -> list[Variant]:
-    """Return torchjd's variants of the wanted methods."""
+def variants(wanted: Collection[str], *, timed: bool) -> list[Variant]:
+    """Return torchjd's variants of the wanted methods; for timing not every method in the autogram engine."""
+    by_autogram = TIMED_BY_AUTOGRAM if timed else WITH_GRAMIAN
     found = []
     for method in METHODS:
         if method not in wanted:
             continue
         found += [_jacobian_variant(method, "", None), _jacobian_variant(method, "sequential", 1)]
-        if method in BY_AUTOGRAM:
+        if method in by_autogram:
             found.append(_gramian_variant(method))
     return found

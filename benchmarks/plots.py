@@ -46,7 +46,7 @@ def _ticks(
 def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write names beside the ends of lines on a log axis, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    step = (high / low) ** 0.062
+    step = (high / low) ** 0.05
     placed = 0.0
     for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
         placed = max(y, placed * step)

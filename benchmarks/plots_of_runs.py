@@ -9,7 +9,19 @@ from figures import OURS, Figures, Row, pick, value_of
 from matplotlib import pyplot as plt
 from plots import BLUE, GREEN, GREY, LIGHT, ORANGE, _label_ends, _ratio_axis, _save, _ticks
 
-_COLOURS = [BLUE, ORANGE, GREEN, "#8a4fa3", "#b03a48", "#2a9aa0", "#9a7b1c", "#555555"]
+_COLOURS = {
+    "K bare passes": GREY,
+    "gaba": BLUE,
+    "gaba, norms": "#5b8fcb",
+    "gaba, every 10th step": "#5b8fcb",
+    "gaba, features": "#9dbde0",
+    "rlw": "#333333",
+    "pcgrad": ORANGE,
+    "mgda": GREEN,
+    "upgrad": "#8a4fa3",
+    "cagrad": "#b03a48",
+    "nash-mtl": "#2a9aa0",
+}
 
 
 def growth(figures: Figures, path: Path) -> Path:
@@ -22,8 +34,8 @@ def growth(figures: Figures, path: Path) -> Path:
         top = max(y for points in lines.values() for _, y in points)
         axes.set(title=f"against {part}", xscale="log", yscale="log", ylim=(0.9, top * 1.2))
         ends = []
-        for index, (name, points) in enumerate(lines.items()):
-            colour = GREY if name == "K bare passes" else _COLOURS[index % len(_COLOURS)]
+        for name, points in lines.items():
+            colour = _COLOURS.get(name, "#9a7b1c")
             style = ":" if name == "K bare passes" else "-"
             axes.plot(
                 *zip(*points, strict=True),

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
 
 
-def chosen_variants(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Variant]:
+def chosen_variants(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *, timed: bool = True
+) -> list[Variant]:
     """Return the floors, the methods, and the peers that were asked for; end with what is missing."""
     found = [*FLOORS, *own_variants(args.methods)]
     if "torchjd" in args.peers:
@@ -40,7 +42,7 @@ def chosen_variants(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(
                 "--peers torchjd: torchjd is not installed (it is one of the development dependencies)"
             )
-        found += peer_torchjd.variants(args.methods)
+        found += peer_torchjd.variants(args.methods, timed=timed)
     if "libmtl" in args.peers:
         if args.libmtl is None:
             parser.error("--peers libmtl needs --libmtl PATH, a checkout of LibMTL")

@@ -39,6 +39,7 @@ FULL = {
     "scaling": "scaling.py",
     "allocator": "allocator.py --rounds 3 --hidden-size 128",
 }
+_ON_CPU_ALONE = ("import_time.py", "allocator.py")
 QUICK = {
     "import_time": "import_time.py --rounds 3",
     "memory": "balancer_memory.py --tasks 2 8 --width 256 PEERS",
@@ -49,22 +50,27 @@ QUICK = {
 }
 
 
-def commands(*, quick: bool, libmtl: Path | None) -> dict[str, list[str]]:
-    """Return script and arguments by the name of the figures."""
+def commands(*, quick: bool, libmtl: Path | None, device: str = "cpu") -> dict[str, list[str]]:
+    """Return script and arguments by the name of the figures; on a GPU without the parts that know no device."""
     peers = ["--peers", "torchjd", *([] if libmtl is None else ["libmtl", "--libmtl", str(libmtl)])]
     found = {}
     for name, command in (QUICK if quick else FULL).items():
         words = [peers if word == "PEERS" else [word] for word in shlex.split(command)]
         found[name] = [word for part in words for word in part]
+    if device != "cpu":
+        found = {name: words for name, words in found.items() if words[0] not in _ON_CPU_ALONE}
+        found["scaling"] += ["--only", "tasks", "parameters"]
+        found = {name: [*words, "--device", device] for name, words in found.items()}
     return found
 
 
-def results_folder(*, quick: bool) -> Path:
+def results_folder(*, quick: bool, device: str = "cpu") -> Path:
     """Return where the figures go by default."""
     if quick:
         return HERE.parent / "runs" / "benchmarks"
-    where = machine(threads=1)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{where['cpu']} {where['cpus']} cores".lower()).strip("-")
+    where = machine(1, device)
+    called = where.get("gpu", f"{where['cpu']} {where['cpus']} cores")
+    name = re.sub(r"[^a-z0-9]+", "-", str(called).lower()).strip("-")
     return HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{name}"
 
 
@@ -76,6 +82,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="minutes instead of half an hour")
     parser.add_argument("--libmtl", type=Path, metavar="PATH", help="a checkout of LibMTL to measure beside")
     parser.add_argument("--only", nargs="+", choices=list(FULL), metavar="PART", help="run these parts only")
+    parser.add_argument("--device", default="cpu", help="cpu | cuda | cuda:N")
     parser.add_argument("--out", type=Path, help="folder of the figures")
     return parser.parse_args(argv)
 
@@ -83,9 +90,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts; a part that fails is named at the end, and the others are run."""
     args = parse_arguments(argv)
-    out = args.out or results_folder(quick=args.quick)
+    out = args.out or results_folder(quick=args.quick, device=args.device)
     failed = []
-    for name, (script, *arguments) in commands(quick=args.quick, libmtl=args.libmtl).items():
+    planned = commands(quick=args.quick, libmtl=args.libmtl, device=args.device)
+    for name, (script, *arguments) in planned.items():
         if args.only and name not in args.only:
             continue
         start = time.monotonic()

@@ -14,9 +14,11 @@ Script = Callable[[str], ModuleType]
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_command_of_the_suite_is_understood(script: Script, quick: bool) -> None:
-    commands = script("suite").commands(quick=quick, libmtl=None)
-    assert {"memory", "steps_mlp", "end_to_end", "scaling", "import_time"} <= set(commands)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_command_of_the_suite_is_understood(script: Script, quick: bool, device: str) -> None:
+    commands = script("suite").commands(quick=quick, libmtl=None, device=device)
+    assert {"memory", "steps_mlp", "end_to_end", "scaling"} <= set(commands)
+    assert ("import_time" in commands) == (device == "cpu")
     for name, (file, *arguments) in commands.items():
         module = script(Path(file).stem)
         assert module.parse_arguments([*arguments, "--out", f"{name}.json"]).out == Path(f"{name}.json")
