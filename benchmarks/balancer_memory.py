@@ -47,6 +47,8 @@ def held(variant: Variant, workload: Workload) -> Held:
     """Count what a variant has in its third step; the first two make its state."""
     device = workload.inputs.device
     made: list[Any] = []
+    gc.collect()
+    gc.freeze()  # what is there now, all modules that are in use, is not looked through again and again
 
     def first_steps() -> None:
         made.append(variant.steps(workload, "sgd"))
@@ -136,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(in_words(where))
     assert args.variants[0].name == PLAIN
     results = []
-    gc.freeze()  # what is there already is not looked through again and again
     for count in args.tasks:
         workload = workloads.wide(count, width=args.width, batch_size=args.batch_size)
         results.append(measure_workload(workload.to(args.device), args.variants))

@@ -34,7 +34,6 @@ def live_bytes(run: Callable[[], object], device: torch.device) -> LiveBytes:
     of what was made outside of such runs go unseen. Python's garbage collector does not run meanwhile, so what only
     it would release counts as alive.
     """
-    gc.collect()
     gc.disable()
     try:
         return _on_cuda(run, device) if device.type == "cuda" else _on_cpu(run)
