@@ -40,12 +40,8 @@ def _same_batch(epoch: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[A
     return repeated
 
 
-def _no_row(self: StepLosses, *_: Any) -> Tensor:
-    return self._values_SC[0]
-
-
-def _no_keep(self: StepLosses, row_C: Tensor, present: Any, num_samples: int, epoch: int) -> None:  # noqa: ARG001
-    self._counts_SK.append([num_samples] * len(self.tasks))
+def _no_row(self: StepLosses, _losses: Any, total: Tensor, _grad_norm: Any) -> Tensor:
+    return torch.zeros(len(self.tasks) + 2, device=total.device)
 
 
 WITHOUT: dict[str, list[tuple[Any, str, Any]]] = {
@@ -54,7 +50,6 @@ WITHOUT: dict[str, list[tuple[Any, str, Any]]] = {
     "files and log": [(CsvTable, "append", _nothing), (EventLog, "write", _nothing)],
     "loss rows and finite checks": [
         (StepLosses, "row", _no_row),
-        (StepLosses, "keep", _no_keep),
         (StepLosses, "check", _nothing),
         (step.TrainingStep, "check_weights", _nothing),
     ],
