@@ -19,7 +19,8 @@ class ObjectiveBalancer(Balancer):
 
     A subclass writes down `objective`; this class differentiates it by the losses, delivers Σ w_k·∂L_k with
     f as the value, and leaves out of the state whatever has no finite slope. Over ranks, f and its slopes
-    are those of the rank-averaged losses; the value shown is f of this rank's own losses.
+    are those of the rank-averaged losses, and every rank shows that f: of its own losses alone it would be another
+    number, whose mean is not f of the whole batch.
 
     Args:
         tasks: K >= 1 unique task names.
@@ -68,12 +69,11 @@ class ObjectiveBalancer(Balancer):
         learned = [parameter for parameter in self.parameters(recurse=False) if parameter.requires_grad]
         read, slopes_K, slopes = self._slopes(call.signals, learned)
         finite = both(call.signals.finite, all_finite(slopes_K))
-        own = self._own_value(call, read)
         weights_K = self._note(self._move(call.signals, slopes_K, finite), finite)
         total = call.weighted_sum(weights_K)
         for parameter, slope in zip(learned, slopes, strict=True):
             total = total + (parameter * torch.where(finite, slope, 0.0)).sum()  # its gradient is the slope
-        value = torch.where(torch.isfinite(own), own, call.value(weights_K))
+        value = torch.where(torch.isfinite(read), read, call.value(weights_K))  # not finite: the weighted sum
         return total + (value - total.detach())
 
     def _slopes(self, signals: Signals, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
@@ -91,13 +91,6 @@ class ObjectiveBalancer(Balancer):
         self.last_weights.copy_(slopes_K)
         self.observe(Signals(signals.losses_K, signals.present_K, None, finite))
         return self.current_weights(signals.present_K)
-
-    @torch.no_grad()
-    def _own_value(self, call: Call, read: Tensor) -> Tensor:
-        """Return f of this rank's losses; where it has no finite value, the weighted sum is shown instead."""
-        if call.ranks is None:
-            return read
-        return self.objective(torch.where(call.present_K, call.losses_K, 1.0), call.present_K)
 
     def _eval_call(self, losses: dict[int, Tensor], present_K: Tensor) -> Tensor:
         device = self.last_weights.device

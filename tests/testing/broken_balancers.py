@@ -136,8 +136,9 @@ class ShowsAnotherObjective(ObjectiveBalancer):
     def objective(self, losses_K, present_K):
         return (losses_K * present_K).sum()
 
-    def _own_value(self, call, read):
-        return 2.0 * super()._own_value(call, read)
+    def _train_call(self, call):
+        total = super()._train_call(call)
+        return total + total.detach()
 
     def _eval_call(self, losses, present_K):
         return 2.0 * super()._eval_call(losses, present_K)
