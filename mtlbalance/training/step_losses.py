@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class StepLosses:
     def __init__(self, tasks: Sequence[str], num_steps: int, device: torch.device) -> None:
         self.tasks = tuple(tasks)
         self._values_SC = torch.zeros(num_steps, len(tasks) + 2, device=device)
-        self._counts_SK = torch.zeros(num_steps, len(tasks), dtype=torch.int64)
+        self._counts = array("q")  # (S, K), flat: a tensor would cost each step ten times as much
         self._done = self._checked = 0
         self._check_every = 1 if device.type == "cpu" else _CUDA_CHECK_EVERY_STEPS
 
@@ -48,7 +49,7 @@ class StepLosses:
         step = self._done
         self._values_SC[step] = row_C
         found = set(present)
-        self._counts_SK[step] = torch.tensor([num_samples if task in found else 0 for task in self.tasks])
+        self._counts.extend(num_samples if task in found else 0 for task in self.tasks)
         self._done += 1
         if step + 1 - self._checked >= self._check_every:
             self.check(epoch)
@@ -83,7 +84,7 @@ class StepLosses:
     def means(self) -> dict[str, float]:
         """Return ``train_loss`` (mean over steps of the total) and ``train_loss_<task>`` (over samples)."""
         values = self._values_SC[: self._done].cpu().double()
-        counts = self._counts_SK[: self._done].double()
+        counts = self._counts_SK().double()
         means = {"train_loss": float(values[:, -2].mean())}
         for k, task in enumerate(self.tasks):
             total = counts[:, k].sum()
@@ -93,12 +94,15 @@ class StepLosses:
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far."""
         return {
-            "values": self._values_SC[: self._done].cpu().clone(),
-            "counts": self._counts_SK[: self._done].clone(),  # not the storage behind it
+            "values": self._values_SC[: self._done].cpu().clone(),  # not the storage behind it
+            "counts": self._counts_SK(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from saved rows, which were checked when they were saved."""
         self._done = self._checked = len(state["counts"])
-        self._counts_SK[: self._done] = state["counts"]
+        self._counts = array("q", state["counts"].flatten().tolist())
         self._values_SC[: self._done] = state["values"].to(self._values_SC.device)
+
+    def _counts_SK(self) -> Tensor:
+        return torch.tensor(self._counts.tolist(), dtype=torch.int64).reshape(self._done, len(self.tasks))

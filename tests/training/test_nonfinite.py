@@ -77,6 +77,32 @@ def test_skip_leaves_the_step_out_of_everything(configure: Any, plugin: Any, rea
 
 
 @quiet_balancer
+def test_what_was_left_out_and_how_long_it_took_is_known_after_a_resume(
+    configure: Any, plugin: Any, assert_same: Any, read_csv: Any, tmp_path: Path
+) -> None:
+    config = configure(*BAD, "training.on_nonfinite=skip")
+    whole = run_training(config, out=tmp_path / "whole", quiet=True)
+    plugin.interrupt_after = 3  # the bad batch is in epoch 2
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, out=tmp_path / "parts", quiet=True)
+    plugin.interrupt_after = None
+    parts = run_training(config, out=tmp_path / "parts", quiet=True)
+    assert whole.results["skipped_steps"] == 1
+    assert_same(whole.run_dir, parts.run_dir)
+    seconds = [float(row["seconds"]) for row in read_csv(tmp_path / "parts" / "metrics.csv")]
+    assert parts.results["wall_seconds"] >= sum(seconds)
+
+
+@quiet_balancer
+def test_fp16_leaves_out_a_bad_loss_and_goes_on(configure: Any, plugin: Any) -> None:
+    outcome = run_training(
+        configure(*BAD, "training.on_nonfinite=skip", "training.precision=fp16"), quiet=True
+    )
+    assert outcome.results["skipped_steps"] == 1
+    assert all_finite(saved_run(outcome.run_dir, 5).weights)
+
+
+@quiet_balancer
 def test_bad_inputs_do_not_reach_the_running_statistics(configure: Any, plugin: Any) -> None:
     outcome = run_training(
         configure("dataset.nan_input_at=3", "balancer.name=fixed", "training.on_nonfinite=skip"), quiet=True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from mtlbalance.training.losses import TaskLosses, resolve_loss
 from mtlbalance.training.metrics import check_metrics, task_metrics
 from mtlbalance.training.model import build_model
 from mtlbalance.training.run_folder import differing_keys
-from mtlbalance.training.seeding import rng_state
+from mtlbalance.training.seeding import rng_state, seed_everything, set_rng_state
 from mtlbalance.training.step_losses import StepLosses
 
 LEVEL = TaskSpec("level", "regression", "mse", metrics=("rmse", "mae", "r2"))
@@ -174,6 +176,28 @@ def test_differing_keys_are_dotted_and_free_ones_are_left_out() -> None:
     assert differing_keys(before, now, {"run.name"}) == [
         "balancer.weights.rul: 0.5 -> 0.7", "training.lr: '(not set)' -> 1.0",
     ]  # fmt: skip
+
+
+def test_every_generator_is_put_back_where_it_was() -> None:
+    def draw() -> list[float]:
+        """An odd number of normal draws: both Python and NumPy make two at a time and keep one."""
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.random(),
+            np.random.randn(),
+            float(torch.rand(())),
+        ]
+
+    before = rng_state()
+    draw()
+    buffer = io.BytesIO()
+    torch.save(rng_state(), buffer)
+    expected = draw(), draw()
+    seed_everything(5)
+    set_rng_state(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    assert (draw(), draw()) == expected
+    set_rng_state(before)
 
 
 def test_what_is_saved_of_a_long_epoch_is_what_is_done_of_it() -> None:

@@ -75,9 +75,13 @@ def test_identical_runs_write_identical_weights(configure: Any, plugin: Any, tmp
     random.random(), np.random.random(), torch.rand(3)  # a used process must not change a run
     second = run_training(configure(), out=tmp_path / "second", quiet=True).run_dir
     other = run_training(configure("run.seed=4"), out=tmp_path / "other", quiet=True).run_dir
+    drawn = run_training(configure("dataset.spoil=draws"), out=tmp_path / "drawn", quiet=True).run_dir
     weights = (first / "model.safetensors").read_bytes()
     assert weights == (second / "model.safetensors").read_bytes()
     assert weights != (other / "model.safetensors").read_bytes()
+    assert (
+        weights == (drawn / "model.safetensors").read_bytes()
+    )  # data that is prepared draws, kept data does not
     assert (first / "gradient_stats.csv").read_bytes() == (second / "gradient_stats.csv").read_bytes()
 
 
