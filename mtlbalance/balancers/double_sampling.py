@@ -15,12 +15,13 @@ from mtlbalance.balancers.base import Call, Sync, WeightSum
 from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer, Indices
 from mtlbalance.balancers.layout import Layout
+from mtlbalance.balancers.one_at_a_time import OneAtATime
 from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.products import cross_products
 from mtlbalance.balancers.shared import missing_shared
 from mtlbalance.balancers.signals import Signals
-from mtlbalance.errors import SharedParametersError
+from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
 _SIZE_MEMORY = 0.9  # the old share of the gradient size, a pair
 
@@ -133,6 +134,8 @@ class DoubleSamplingBalancer(GramianBalancer):
         call = self._digest(reduced, *self._stack(reduced, zeros), zeros, shared_params, model, retain_graph)
         if not bool(call.signals.present_K.any()):
             return
+        if self.delivery == "low_memory":
+            raise self._holds_gradients()
         shared = self._shared(call)
         self._require_parameters(shared)
         probe = self._probe(call, Plan(shared, [], {index: [] for index in reduced}, [], direct=True))
@@ -208,6 +211,19 @@ class DoubleSamplingBalancer(GramianBalancer):
         own_KP = self._flat(call, probe)
         norms_K = torch.linalg.vector_norm(own_KP, dim=1)
         return replace(signals, gramian_KK=self._products(own_KP), grad_norms_K=norms_K)
+
+    def _read_rows(self, call: Call, probe: Probe, rows: OneAtATime) -> Signals:
+        if self._has_pending():
+            raise self._holds_gradients()
+        signals = super()._read_rows(call, probe, rows)
+        assert signals.gramian_KK is not None
+        return replace(signals, grad_norms_K=signals.gramian_KK.diagonal().sqrt())
+
+    def _holds_gradients(self) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"{self.method} multiplies the gradients of two batches, so it holds those of the first; with "
+            "delivery='low_memory' it cannot observe() one"
+        )
 
     def weigh(self, signals: Signals) -> Tensor:
         """Step w by what was measured, if anything, and apply it."""

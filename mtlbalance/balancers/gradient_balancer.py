@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mtlbalance.balancers.graph import (
     reaches,
     trace,
 )
+from mtlbalance.balancers.one_at_a_time import OneAtATime
 from mtlbalance.balancers.presence import all_finite, both
 from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.probe_scale import ProbeScale
@@ -43,7 +44,7 @@ from mtlbalance.balancers.signals import (
 )
 from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
-Delivery = Literal["auto", "direct", "weighted_sum"]
+Delivery = Literal["auto", "direct", "weighted_sum", "low_memory"]
 
 _HALF_CHECK_EVERY = 100  # probes between looks for float16 in the graph, where autocast does not tell
 
@@ -67,7 +68,9 @@ class GradientBalancer(Balancer):
         update_every: measure on the first call after warm-up and then on every N-th (>= 1); between, the
             weights are reused and a call costs one pass. A task is measured in such calls only, so with tasks
             that alternate in step with N, choose another N. Default 1.
-        delivery: ``"auto"``, ``"direct"`` or ``"weighted_sum"``.
+        delivery: ``"auto"``, ``"direct"``, ``"weighted_sum"``, or ``"low_memory"``: by weighted sum, and of the
+            measured gradients one task's (norms) or two tasks' (Gramians) are held at a time, not K. Norms take
+            K + 1 passes, Gramians K(K + 1)/2.
         sync: over ranks. ``"gradients"`` averages each task's gradients before they are read, so that N ranks
             weigh as one; ``"norms"`` averages the ranks' own norms, a cheap approximation; ``"none"`` nothing.
         process_group: the ranks to agree with; None: the default group.
@@ -94,7 +97,7 @@ class GradientBalancer(Balancer):
         self._in_half = False  # whether float16 lies in the graphs; looked up now and then until it is found
         self._probes = 0
         self._discovered: list[Tensor] = []  # by the last call that had all tasks, for calls that have some
-        self.delivery = one_of(delivery, "delivery", ("auto", "direct", "weighted_sum"))
+        self.delivery = one_of(delivery, "delivery", get_args(Delivery))
 
     def measures_now(self) -> bool:
         """Return whether the next call measures: every N-th, counted from the end of warm-up."""
@@ -123,6 +126,8 @@ class GradientBalancer(Balancer):
     def _measured_call(self, call: Call) -> Tensor:
         """Measure, weigh and deliver."""
         plan = self._plan(call, self._shared(call))
+        if self.delivery == "low_memory":
+            return self._by_weighted_sum(replace(call, signals=self._read_one_at_a_time(call, plan)))
         probe = self._probe(call, plan)
         call = replace(call, signals=self._read(call, probe))
         if not plan.direct:
@@ -132,6 +137,27 @@ class GradientBalancer(Balancer):
     def _read(self, call: Call, probe: Probe) -> Signals:
         """Turn what was probed into what the method weighs."""
         norms_K = self._norms(call, probe)
+        return replace(call.signals, grad_norms_K=norms_K, finite=self._finite(call, probe, norms_K))
+
+    def _read_one_at_a_time(self, call: Call, plan: Plan) -> Signals:
+        """Turn gradients that are not kept into what the method weighs."""
+        scales_K = self._scales(call, plan.shared)
+
+        def differentiate(task: int) -> Gradients:
+            with as_if_unseen(plan.shared):
+                return self._differentiate(call, plan, scales_K, task)[0]
+
+        averages = call.ranks is not None and self.sync == "gradients"
+        rows = OneAtATime(call, plan, differentiate, averages=averages)
+        return self._read_rows(call, Probe(plan, scales_K, {}, [], {}), rows)
+
+    def _read_rows(self, call: Call, probe: Probe, rows: OneAtATime) -> Signals:
+        leaf_K, features_K = (probe.unscaled(norms_K) for norms_K in rows.norms())
+        if call.ranks is not None and call.counts_K is not None and self.sync == "gradients":
+            features_K = call.ranks.combine_feature_norms(features_K, call.counts_K)
+        norms_K = torch.hypot(leaf_K, features_K)
+        if call.ranks is not None and call.counts_K is not None and self.sync == "norms":
+            norms_K = call.ranks.mean_norms(norms_K, call.counts_K)
         return replace(call.signals, grad_norms_K=norms_K, finite=self._finite(call, probe, norms_K))
 
     def _finite(self, call: Call, probe: Probe, measured_K: Tensor) -> Tensor:
@@ -178,7 +204,7 @@ class GradientBalancer(Balancer):
     def _plan(self, call: Call, shared: list[Tensor]) -> Plan:
         """Decide on the delivery, and list what direct delivery must cover beside ``shared``."""
         by_weighted_sum = Plan(shared, [], {index: [] for index in call.losses}, [], direct=False)
-        if self.delivery == "weighted_sum":
+        if self.delivery in ("weighted_sum", "low_memory"):
             return by_weighted_sum
         losses = [*call.losses.values(), *call.zeros]
         reach = trace(losses, shared)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Call, Reads, Sync, WeightSum
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
+from mtlbalance.balancers.one_at_a_time import OneAtATime
 from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.balancers.probe import Probe
 from mtlbalance.balancers.products import gram_matrix
@@ -150,6 +151,18 @@ class GramianBalancer(GradientBalancer):
             if not all(tensor.is_leaf for tensor in probe.plan.shared):
                 features_KK = gram_matrix(probe.read(count, averaged=False), device)
                 gramian_KK = gramian_KK + call.ranks.combine_feature_gramian(features_KK, call.counts_K)
+        return self._signals(call, probe, gramian_KK)
+
+    def _read_rows(self, call: Call, probe: Probe, rows: OneAtATime) -> Signals:
+        gramian_KK, features_KK = rows.gramians()
+        if call.ranks is not None and call.counts_K is not None and self.sync == "gradients":
+            features_KK = call.ranks.combine_feature_gramian(features_KK, call.counts_K)
+        gramian_KK = gramian_KK + features_KK
+        if call.ranks is not None and call.counts_K is not None and self.sync == "norms":
+            gramian_KK = call.ranks.mean_gramian(gramian_KK, call.counts_K)
+        return self._signals(call, probe, gramian_KK)
+
+    def _signals(self, call: Call, probe: Probe, gramian_KK: Tensor) -> Signals:
         if probe.scales_K is not None:
             gramian_KK = gramian_KK / torch.outer(probe.scales_K, probe.scales_K).to(gramian_KK)
         finite = self._finite(call, probe, gramian_KK.diagonal()) & torch.isfinite(gramian_KK).all()

@@ -19,7 +19,7 @@ def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
     task without any gradient. Products are summed in float64 where the device has it: what float32 rounds
     off in a singular Gramian would be inverted as if it were signal.
     """
-    total_KK = torch.zeros(len(rows), len(rows), dtype=_product_dtype(device), device=device)
+    total_KK = torch.zeros(len(rows), len(rows), dtype=product_dtype(device), device=device)
     with torch.autocast(device.type, enabled=False):  # a product of gradients must not lose precision
         for block_KC in _blocks(rows):
             total_KK = total_KK + _products(block_KC).to(device)
@@ -28,7 +28,7 @@ def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
 
 def cross_products(first_KP: Tensor, second_KP: Tensor) -> Tensor:
     """Return the (K, K) inner products of the rows of two batches' gradients, in float64, without a host sync."""
-    dtype = _product_dtype(first_KP.device)
+    dtype = product_dtype(first_KP.device)
     count, width = first_KP.shape
     total = torch.zeros(count, count, dtype=dtype, device=first_KP.device)
     step = max(1, _BLOCK_NUMBERS // count)
@@ -65,7 +65,7 @@ def _block(pieces: Sequence[Gradients]) -> Tensor:
     """Return pieces of K tasks' gradients, each a list of K or None, side by side as one (K, C) block."""
     device = _device_of(pieces[0])
     sizes = [next(gradient.numel() for gradient in piece if gradient is not None) for piece in pieces]
-    block_KC = torch.empty(len(pieces[0]), sum(sizes), dtype=_product_dtype(device), device=device)
+    block_KC = torch.empty(len(pieces[0]), sum(sizes), dtype=product_dtype(device), device=device)
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for task, row_C in enumerate(block_KC.unbind()):
@@ -96,5 +96,6 @@ def _device_of(piece: Gradients) -> torch.device:
     return next(gradient.device for gradient in piece if gradient is not None)
 
 
-def _product_dtype(device: torch.device) -> torch.dtype:
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return what inner products are summed in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

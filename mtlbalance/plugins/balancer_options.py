@@ -50,8 +50,9 @@ class GABAOptions(PluginConfig):
         0.05, ge=0, le=1, description="floor of a weight before renormalising; at most 1/K"
     )
     update_every: int = Field(1, ge=1, description="steps between measurements of the gradient norms")
-    delivery: Literal["auto", "direct", "weighted_sum"] = Field(
-        "auto", description="direct: reuse the measured gradients; weighted_sum: one ordinary backward"
+    delivery: Literal["auto", "direct", "weighted_sum", "low_memory"] = Field(
+        "auto",
+        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little",
     )
     sync: Sync = "gradients"
 

@@ -39,8 +39,9 @@ class ConFIGOptions(CombiningOptions):
     """Options of ``config``."""
 
     update_every: int = Field(1, ge=1, description="steps between measurements of the task gradients")
-    delivery: Literal["auto", "direct", "weighted_sum"] = Field(
-        "auto", description="direct: reuse the measured gradients; weighted_sum: one more backward pass"
+    delivery: Literal["auto", "direct", "weighted_sum", "low_memory"] = Field(
+        "auto",
+        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little",
     )
 
 

@@ -30,8 +30,9 @@ class MeasuringOptions(LossOptions):
     """The options of those that read task gradients."""
 
     update_every: int = Field(1, ge=1, description="steps between measurements of the task gradients")
-    delivery: Literal["auto", "direct", "weighted_sum"] = Field(
-        "auto", description="direct: reuse the measured gradients; weighted_sum: one ordinary backward"
+    delivery: Literal["auto", "direct", "weighted_sum", "low_memory"] = Field(
+        "auto",
+        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little",
     )
 
 
@@ -73,9 +74,9 @@ class RLWOptions(LossOptions):
 class RGWOptions(RLWOptions):
     """Options of ``rgw``."""
 
-    delivery: Literal["auto", "direct", "weighted_sum"] = Field(
+    delivery: Literal["auto", "direct", "weighted_sum", "low_memory"] = Field(
         "auto",
-        description="direct: task gradients weighted as they are; weighted_sum: one more backward pass",
+        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little",
     )
 
 

@@ -66,6 +66,8 @@ def scenarios() -> dict[str, dict]:
         "parameters": {},
         "weighted sum": {"delivery": "weighted_sum"},
         "features": {"features": True},
+        "low memory": {"delivery": "low_memory", "missing": "b"},
+        "low memory, features": {"delivery": "low_memory", "features": True},
         "absent on rank 1": {"missing": "b"},
         "absent, by weighted sum": {"missing": "b", "delivery": "weighted_sum"},
         "absent, features": {"missing": "b", "features": True},
