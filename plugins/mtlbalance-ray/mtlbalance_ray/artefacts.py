@@ -13,6 +13,9 @@ _LEFT_OUT = {".lock", ".holder.json"}
 
 def pack(folder: Path) -> bytes | None:
     """Return a folder's files as a tar archive, or None if there is no folder."""
+    old = _aside(folder)
+    if old.is_dir() and not folder.exists():  # whoever replaced it was killed between two renames
+        old.rename(folder)
     if not folder.is_dir():
         return None
     buffer = io.BytesIO()
@@ -31,7 +34,7 @@ def unpack(files: bytes, folder: Path) -> None:
         with tarfile.open(fileobj=io.BytesIO(files)) as archive:
             archive.extractall(building, filter="data")
         building.chmod(0o755)
-        old = folder.with_name(f".{folder.name}.old")
+        old = _aside(folder)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -39,3 +42,7 @@ def unpack(files: bytes, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

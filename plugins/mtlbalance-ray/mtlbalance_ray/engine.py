@@ -120,5 +120,10 @@ def _with_artefacts(job: Job, files: bytes | None) -> tuple[JobEnd, bytes | None
         here = replace(job, folder=place / "run", log=place / "log", config_path=place / "config.toml")
         if files is not None:
             unpack(files, here.folder)
-        end = run_job(here)
+        try:
+            end = run_job(here)
+        except (
+            KeyboardInterrupt
+        ):  # the sweep is being stopped, and the run was, in order: what it has goes back, too
+            end = JobEnd(job.run_id, _PREEMPTED, tail="cancelled")
         return end, pack(here.folder), here.log.read_bytes()

@@ -41,7 +41,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "study.toml").write_text(BASE)
     (tmp_path / "sweep.toml").write_text(SWEEP)
     monkeypatch.setenv("HOLD", str(tmp_path / "hold"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(PLUGIN)]))
+    before = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(PLUGIN), *([before] if before else [])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
@@ -154,6 +155,50 @@ def test_without_a_shared_folder(folder: Path, cluster: Any) -> None:
     model = (folder / "returned" / "seed_3" / "model.safetensors").read_bytes()
     assert model == (folder / "local" / "seed_3" / "model.safetensors").read_bytes()
     assert "epoch 2" in (folder / "returned" / "logs" / "seed_3.log").read_text()
+
+
+def test_a_ray_of_its_own(folder: Path) -> None:
+    (folder / "sweep.toml").write_text(
+        'base = "study.toml"\naxes.seed = [{ run.seed = 1 }, { run.seed = 2 }]\n'
+    )
+    document, _ = finish(start(folder, "--engine", "ray", "--out", "own", "--json"))
+    assert sorted(document["finished"]) == ["seed_1", "seed_2"]
+    assert all((folder / "own" / name / "results.json").exists() for name in document["finished"])
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_a_sweep_that_is_stopped_keeps_what_was_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shared: str
+) -> None:
+    (folder / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # its sockets need a short path
+    endless = ("training.epochs=100000", "training.patience=100000")
+    driver = start(folder, "--engine", "ray", f"engine.shared_folder={shared}", "--out", "stopped", *endless)
+    wait_for(lambda: list(folder.glob("[st]*/**/checkpoints/epoch_*.json")))
+    driver.send_signal(signal.SIGTERM)
+    _, err = driver.communicate(timeout=240)
+    assert driver.returncode == 75, err
+    assert "asked to leave their folders in order" in err
+    kept = [path.parent.name for path in (folder / "stopped").glob("*/checkpoints")]
+    assert kept
+    assert {events(folder / "stopped", int(name.removeprefix("seed_")))[-1] for name in kept} == {
+        "interrupted"
+    }
+
+
+def test_a_folder_that_was_half_replaced_is_found_again(tmp_path: Path) -> None:
+    from mtlbalance_ray.artefacts import pack, unpack
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_text("kept")
+    files = pack(tmp_path / "run")
+    assert files is not None
+    (tmp_path / "run").rename(tmp_path / ".run.old")  # and killed
+    assert pack(tmp_path / "run") == files
+    unpack(files, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (tmp_path / "run" / "file").read_text() == "kept"
 
 
 def test_a_cluster_that_is_not_there(folder: Path) -> None:

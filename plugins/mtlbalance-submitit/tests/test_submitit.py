@@ -41,7 +41,9 @@ SWEEP = 'base = "study.toml"\naxes.seed = [{ run.seed = 1 }, { run.seed = 2 }, {
 
 
 def sweep(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(PLUGIN)]), "TRACES": str(folder)}
+    before = os.environ.get("PYTHONPATH")
+    python_path = [str(ROOT), str(PLUGIN), *([before] if before else [])]
+    paths = {"PYTHONPATH": os.pathsep.join(python_path), "TRACES": str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", "mtlbalance", "sweep", "run", "sweep.toml", "--json", *arguments],
         cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=600, check=False,
