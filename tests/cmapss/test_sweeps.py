@@ -86,3 +86,24 @@ def test_the_weight_sweep() -> None:
 def test_sweep_files_are_not_configs() -> None:
     sweeps = [path.name for path in EXAMPLE.glob("*.toml") if "axes" in tomllib.loads(path.read_text())]
     assert sorted(sweeps) == ["fixed_weight_sweep.toml", "paper_table.toml"]
+
+
+def test_the_sweep_on_the_page_about_sweeps(tmp_path: Path) -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (tmp_path / "sweep.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    study = (EXAMPLE / "fd002_fixed.toml").read_text()
+    plugin = f'"{EXAMPLE / "mtlbalance_cmapss"}"'
+    (tmp_path / "study.toml").write_text(study.replace('"mtlbalance_cmapss"', plugin))
+    dropout = {
+        run.id: run.config.to_dict()["backbone"]["dropout"]
+        for run in make_plan(tmp_path / "sweep.toml").runs
+        if run.config is not None
+    }
+    assert dropout == {
+        "FD001/equal/seed_1": 0.3,
+        "FD001/equal/seed_2": 0.3,
+        "FD001/gaba/seed_1": 0.2,
+        "FD001/gaba/seed_2": 0.2,
+        "FD002/gaba/seed_1": 0.3,
+        "FD002/gaba/seed_2": 0.3,
+    }
