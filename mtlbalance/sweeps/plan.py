@@ -113,21 +113,22 @@ def read_plan(folder: Path) -> Plan:
     path = folder / PLAN_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Plan(
-            name=content["sweep"],
-            folder=folder,
-            axes=tuple(
-                PlannedAxis(axis["name"], tuple(axis["labels"]), tuple(axis["keys"]))
-                for axis in content["axes"]
-            ),
-            runs=tuple(PlannedRun(run["id"], run["coordinates"]) for run in content["runs"]),
+        if content["schema"] != _SCHEMA:
+            raise ValueError(f"it has schema {content['schema']!r}, and this version reads {_SCHEMA}")
+        axes = tuple(
+            PlannedAxis(axis["name"], tuple(axis["labels"]), tuple(axis["keys"])) for axis in content["axes"]
         )
+        runs = tuple(
+            PlannedRun(run["id"], {axis.name: run["coordinates"][axis.name] for axis in axes})
+            for run in content["runs"]
+        )
+        return Plan(content["sweep"], folder, axes, runs)
     except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(
             f"{folder} is not the folder of a sweep: it has no {PLAN_FILE}; "
             "name the folder that 'mtlbalance sweep run' wrote to"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunFolderError(
             f"cannot read {path}: {error}; 'mtlbalance sweep run' writes it again"
         ) from error

@@ -75,8 +75,8 @@ def prepare(plan: Plan) -> None:
         try:
             before = json.loads(path.read_text(encoding="utf-8")).get("sweep")
         except (OSError, ValueError, AttributeError):
-            before = plan.name  # damaged: it is written again
-        if before != plan.name:
+            before = None
+        if before not in (plan.name, None):  # None: damaged, and written again
             raise RunFolderError(
                 f"{plan.folder} is the folder of the sweep {before!r}, not of {plan.name!r}; choose another --out"
             )

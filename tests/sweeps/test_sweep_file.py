@@ -89,6 +89,17 @@ def test_a_plan_is_written_and_read_back(write: Write, tmp_path: Path) -> None:
         prepare(other)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "axes": [{}]}'])
+def test_a_plan_that_cannot_be_read_is_written_again(write: Write, tmp_path: Path, content: str) -> None:
+    plan = make_plan(write(SWEEP), out=tmp_path / "here")
+    prepare(plan)
+    (tmp_path / "here" / "plan.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"plan\.json: .*; 'mtlbalance sweep run' writes it again"):
+        read_plan(tmp_path / "here")
+    prepare(plan)
+    assert read_plan(tmp_path / "here") == plan
+
+
 def test_paths_are_relative_to_the_file_they_are_written_in(write: Write, tmp_path: Path) -> None:
     write("")
     (tmp_path / "sub").mkdir()
