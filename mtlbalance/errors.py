@@ -26,7 +26,7 @@ class SharedParametersError(BalancerError, ValueError):
 
 
 class GraphConsumedError(BalancerError, RuntimeError):
-    """A balanced loss was differentiated twice although its gradients were delivered already."""
+    """A balanced loss was differentiated when its gradients were delivered already, or what they need had changed."""
 
 
 class StateMismatchError(BalancerError, RuntimeError):

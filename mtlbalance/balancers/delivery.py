@@ -44,6 +44,7 @@ class GradientSum:
         self._tensors: list[Tensor] = []
         self._position_of: dict[int, int] = {}
         self._terms: list[_Term] = []
+        self._inputs: dict[int, Tensor] = {}
 
     def add(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: Tensor) -> None:
         """Add ``weight`` (0-d) times one task's gradients of ``tensors``; None counts as zero."""
@@ -55,6 +56,12 @@ class GradientSum:
                 found.append(gradient)
         if found:
             self._terms.append(_Term(positions, found, weight))
+
+    def through(self, weight: Tensor, inputs: Tensor) -> None:
+        """Hand over DᵀX with ``inputs`` X where D is the sum that was added for ``weight``, of a linear layer."""
+        position = self._position_of.get(id(weight))
+        if position is not None:
+            self._inputs[position] = inputs
 
     def reach(self, tensors: Iterable[Tensor]) -> None:
         """Add zeros for ``tensors`` that have no gradient yet, so that whoever waits for one gets it."""
@@ -72,7 +79,7 @@ class GradientSum:
             return value
         reached = {position for term in self._terms for position in term.positions}
         zeros = {i: tensor.detach() for i, tensor in enumerate(self._tensors) if i not in reached}
-        parcel = _Parcel(self._terms, len(self._tensors), zeros, keep)
+        parcel = _Parcel(self._terms, self._inputs, len(self._tensors), zeros, keep)
         delivered = _Delivery.apply(value, parcel, *self._tensors)  # type: ignore[no-untyped-call]
         assert isinstance(delivered, Tensor)
         return delivered
@@ -87,8 +94,16 @@ class GradientSum:
 class _Parcel:
     """Gradients that are summed and handed over once, unless kept."""
 
-    def __init__(self, terms: list[_Term], count: int, zeros: Mapping[int, Tensor], keep: bool) -> None:
+    def __init__(
+        self,
+        terms: list[_Term],
+        inputs: Mapping[int, Tensor],
+        count: int,
+        zeros: Mapping[int, Tensor],
+        keep: bool,
+    ) -> None:
         self._terms: list[_Term] | None = terms
+        self._inputs = {position: (rows, rows._version) for position, rows in inputs.items()}
         self._count = count
         self._zeros = zeros
         self._keep = keep
@@ -101,9 +116,12 @@ class _Parcel:
                 "the gradients of this balanced loss were delivered by an earlier backward(); call the balancer "
                 "again on fresh losses, or pass retain_graph=True to its call to differentiate it twice"
             )
+        inputs = self._inputs
         if not self._keep:
-            self._terms = None
+            self._terms, self._inputs = None, {}
         sums = _sum(terms, factor, self._count)
+        for position, (rows, version) in inputs.items():
+            sums[position] = _through(sums[position], rows, version)
         for position, tensor in self._zeros.items():
             sums[position] = torch.zeros_like(tensor)
         return [total for total in sums if total is not None]
@@ -140,6 +158,18 @@ def _sum(terms: Sequence[_Term], factor: Tensor, count: int) -> list[Tensor | No
             sums[position] = product
         _add_to(sums, old, weight)
     return sums
+
+
+def _through(total: Tensor | None, inputs: Tensor, version: int) -> Tensor:
+    """Return the gradient of a linear layer's weight from that of its output."""
+    assert total is not None
+    if inputs._version != version:
+        raise GraphConsumedError(
+            f"the input of a linear layer, of shape {tuple(inputs.shape)}, was changed in place between the balancer's "
+            "call and backward(), which needs it; call backward() first, or change a copy"
+        )
+    with torch.autocast(total.device.type, enabled=False):
+        return total.T @ inputs
 
 
 def _scaled(terms: Sequence[_Term], factor: Tensor) -> Sequence[Tensor]:

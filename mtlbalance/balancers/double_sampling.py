@@ -64,6 +64,7 @@ class DoubleSamplingBalancer(GramianBalancer):
     """
 
     weight_sum: ClassVar[WeightSum] = "1"
+    reads_products: ClassVar[bool] = False  # those of two batches
     _counters: ClassVar[tuple[str, ...]] = ("calls", "observed", "observed_since_call")
 
     pending_gradients: Tensor

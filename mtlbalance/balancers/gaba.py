@@ -48,7 +48,8 @@ class GABALoss(GradientBalancer):
 
     Cost: K backward passes through heads and trunk and K copies of the trunk's gradients (direct delivery);
     K + 1 passes by weighted sum; on representations K passes through the heads and one through the trunk;
-    with ``update_every=N`` on average 1 + (K − 1)/N passes. No host sync.
+    with ``update_every=N`` on average 1 + (K − 1)/N passes. Wide linear layers on a CPU: see ``GradientBalancer``.
+    No host sync.
 
     Raises:
         InvalidArgumentError: an argument is out of range, or a loss has no graph.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mtlbalance.balancers.base import Balancer, Call, Reads, Sync
 from mtlbalance.balancers.checks import integer, one_of
 from mtlbalance.balancers.delivery import GradientSum
+from mtlbalance.balancers.ghost import ghost_layers
 from mtlbalance.balancers.graph import (
     casts_to_half,
     come_for_free,
@@ -63,6 +64,10 @@ class GradientBalancer(Balancer):
     Activation checkpointing needs ``use_reentrant=False``, and recomputes once a probe; representations avoid that.
     Of a module compiled by ``torch.compile``, K passes need ``torch._functorch.config.donated_buffer = False``.
 
+    On one rank and a CPU, the float32 weights of linear layers that are wide for their number of rows N (batch × time)
+    are measured by K gradients of (N, d_out) and one product, exact to rounding. Their inputs must not be changed in
+    place before ``backward()``, and hooks on the layers' own graph nodes cannot change their weights' gradients.
+
     Args:
         tasks: K >= 1 unique task names.
         update_every: measure on the first call after warm-up and then on every N-th (>= 1); between, the
@@ -80,6 +85,9 @@ class GradientBalancer(Balancer):
     weighted_heads: ClassVar[str] = "pass scale_heads=True"  # how to have heads weighted, if they are not
     passes: ClassVar[str] = "K"
     extra_memory: ClassVar[str] = "K"
+    reads_products: ClassVar[bool] = (
+        True  # whether norms and inner products are all it reads of task gradients
+    )
     warmup_steps: int = 0
 
     def __init__(
@@ -128,6 +136,8 @@ class GradientBalancer(Balancer):
         plan = self._plan(call, self._shared(call))
         if self.delivery == "low_memory":
             return self._by_weighted_sum(replace(call, signals=self._read_one_at_a_time(call, plan)))
+        if self.reads_products and call.ranks is None:  # ranks average the gradients themselves
+            plan = replace(plan, layers=ghost_layers(plan.shared, list(call.losses.values())))
         probe = self._probe(call, plan)
         call = replace(call, signals=self._read(call, probe))
         if not plan.direct:
@@ -248,10 +258,10 @@ class GradientBalancer(Balancer):
     ) -> tuple[Gradients, Gradients]:
         """Return one task's gradients of ``plan.shared`` and ``plan.several``, and those of its own leaves."""
         width = len(plan.shared) + len(plan.several)
-        loss, tensors = call.losses[index], [*plan.shared, *plan.several, *plan.own[index]]
+        loss = call.losses[index]
         keep_graph = call.retain_graph or not plan.direct or index != next(reversed(call.losses))
         scaled = loss if scales_K is None else loss * scales_K[index]
-        gradients = task_gradients(scaled, tensors, retain_graph=keep_graph)
+        gradients = task_gradients(scaled, plan.ends_of(index), retain_graph=keep_graph)
         require_related(self.tasks[index], gradients, plan.shared)
         return gradients[:width], gradients[width:]
 
@@ -298,6 +308,8 @@ class GradientBalancer(Balancer):
                 total.add(tensors, [row[column] for column in chosen], weights_of[index])
         for index, gradients in probe.of_own.items():
             total.add(plan.own[index], gradients, heads_of[index])
+        for column, layer in plan.layers.items():
+            total.through(columns[column], layer.inputs)
         total.reach(plan.waiting)
         return total.deliver(self._value(call, weights_K), keep=call.retain_graph)
 

@@ -23,6 +23,7 @@ class PerParameter(GradientBalancer):
 
     per_parameter: ClassVar[str]
     needs_parameters: ClassVar[bool] = True
+    reads_products: ClassVar[bool] = False  # but every number
 
     _parameters_seen: Sequence[weakref.ref[Tensor]] = ()
     _shapes_seen: Sequence[torch.Size] = ()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from mtlbalance.balancers.ghost import Layer
 from mtlbalance.balancers.signals import Gradients
 
 
@@ -19,6 +22,7 @@ class Plan:
         own: for each present task, the leaves that it alone reaches (its head); only for direct delivery.
         waiting: what tasks without labels on this rank reach, and other ranks will wait for.
         direct: whether the measured gradients are handed over as they are.
+        layers: by column of ``shared``, the linear layers whose weight gradients DᵀX are kept as their factors.
     """
 
     shared: list[Tensor]
@@ -26,10 +30,18 @@ class Plan:
     own: dict[int, list[Tensor]]
     waiting: list[Tensor]
     direct: bool
+    layers: dict[int, Layer] = field(default_factory=dict)
 
     def all(self) -> list[Tensor]:
         """Return every tensor that some task is differentiated by."""
         return [*self.shared, *self.several, *(leaf for leaves in self.own.values() for leaf in leaves)]
+
+    def ends_of(self, task: int) -> Sequence[Tensor | GradientEdge]:
+        """Return where one task's pass ends: at tensors, or at the outputs of the layers in place of their weights."""
+        ends: list[Tensor | GradientEdge] = [*self.shared, *self.several, *self.own[task]]
+        for column, layer in self.layers.items():
+            ends[column] = layer.output
+        return ends
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Probe:
         plan: what was differentiated.
         scales_K: what each loss was multiplied by, and its gradients still are; None: nothing (all 1).
         rows: task index -> gradients of ``plan.shared``, then of ``plan.several``; after averaging over ranks,
-            for every task.
+            for every task. For the weights of ``plan.layers`` it is the factor D.
         averaged: for each column of the rows, whether it is averaged over ranks already.
         of_own: for each present task, the gradients of ``plan.own``.
     """
@@ -52,9 +64,16 @@ class Probe:
     of_own: dict[int, Gradients]
 
     def read(self, count: int, *, averaged: bool | None = None) -> list[Gradients]:
-        """Return a row for each of ``count`` tasks over the shared columns, all or only those (not) averaged."""
+        """Return a row for each of ``count`` tasks over the shared columns, all or only those (not) averaged.
+
+        In place of the gradients of ``plan.layers`` there are smaller matrices of the same norms and inner products.
+        """
         chosen = [c for c in range(len(self.plan.shared)) if averaged is None or self.averaged[c] is averaged]
-        return [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
+        rows = [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
+        for column, layer in self.plan.layers.items():
+            if column in chosen:
+                layer.shrink(rows, chosen.index(column))
+        return rows
 
     def unread(self) -> dict[int, Gradients]:
         """Return what was differentiated for delivery alone, by task: other shared leaves, and heads."""

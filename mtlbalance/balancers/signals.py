@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from mtlbalance.balancers.graph import casts_to_half
 from mtlbalance.balancers.losses import name_losses, no_losses, reduce_losses
@@ -41,10 +42,13 @@ class Signals:
     gramian_KK: Tensor | None = None
 
 
-def task_gradients(loss: Tensor, tensors: Sequence[Tensor], *, retain_graph: bool) -> Gradients:
+def task_gradients(
+    loss: Tensor, tensors: Sequence[Tensor | GradientEdge], *, retain_graph: bool
+) -> Gradients:
     """Differentiate one loss with respect to ``tensors``; None where it does not reach one."""
     try:
-        return list(torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True))
+        found = torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
+        return list(found)
     except RuntimeError as error:
         if "donated buffer" not in str(error):
             raise
