@@ -132,7 +132,6 @@ class Checkpoints:
             if isinstance(saved, SavedRun):
                 if (best := saved.state["best"]["epoch"]) is not None:
                     self._best_sum = _sums(manifest)[self.best_path(best).name]
-                    self.best_weights(best)  # made again now, while there is something to make them from
                 return saved
             older = (
                 "falling back to the one before it"

@@ -88,7 +88,7 @@ def reading(batches: Iterator[T], dataset: str, which: str) -> Iterator[T]:
             if "DataLoader worker" not in str(error):
                 raise
             raise TrainingError(
-                f"a process that loads samples of dataset {dataset!r} has died, perhaps for want of memory ({error}); "
+                f"a process that loads samples of dataset {dataset!r} has died, perhaps out of memory ({error}); "
                 "lower training.num_workers"
             ) from error
         yield batch

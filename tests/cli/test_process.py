@@ -78,6 +78,13 @@ def test_a_pipe_that_closes_early(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_streams_that_are_closed_from_the_start(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(CONFIG)
+    command = f"exec '{sys.executable}' -m mtlbalance config show study.toml >&- 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def catches(pid: int, signum: int) -> bool:
     """Return whether a process has a handler for a signal."""
     status = Path(f"/proc/{pid}/status").read_text()
