@@ -27,9 +27,9 @@ class Figures:
         return self.parts[part]
 
     def machine(self) -> dict[str, Any]:
-        """Return the machine that the first part was measured on."""
-        found: dict[str, Any] = next(iter(self.parts.values()))["machine"] if self.parts else {}
-        return found
+        """Return the machine that the parts were measured on, in the fullest of their descriptions."""
+        found: list[dict[str, Any]] = [part["machine"] for part in self.parts.values()]
+        return max(found, key=len, default={})
 
     def workloads(self, *parts: str) -> Iterator[Row]:
         """Yield the results of the step benchmarks, a workload at a time."""

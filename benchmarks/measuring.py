@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -59,11 +60,22 @@ def machine(threads: int, device: str = "cpu") -> dict[str, str | int]:
         "torch": version("torch"),
         "threads": threads,
     }
+    if commit := _commit():
+        found["commit"] = commit
     if device.startswith("cuda"):
         import torch
 
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
     return found
+
+
+def _commit() -> str:
+    """Return the commit that is measured, where this is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def in_words(where: Mapping[str, str | int]) -> str:

@@ -184,5 +184,6 @@ def memory_section(figures: Figures) -> Iterator[str]:
             for r in results
         ]
         rows.append([method, *(cell.removesuffix(" / - / -") for cell in cells)])
-    forms = [[f"gaba, {form}", *(held(pick(r, OURS, "gaba", form)) for r in results)] for form in FORMS[1:]]
+    others = [("gaba", form) for form in (*FORMS[1:], "low memory")] + [("pcgrad", "low memory")]
+    forms = [[f"{m}, {form}", *(held(pick(r, OURS, m, form)) for r in results)] for m, form in others]
     yield table(["method", *(f"K = {result['tasks']}" for result in results)], [*rows, *forms])

@@ -27,7 +27,9 @@ HERE = Path(__file__).resolve().parent
 FULL = {
     "import_time": "import_time.py --rounds 15",
     "memory": "balancer_memory.py PEERS",
-    "steps_mlp": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 75 PEERS",
+    "steps_mlp": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 60 PEERS",
+    "steps_losses": "balancer_step.py --models mlp-heads --rounds 30 400 --seconds 40 --methods fixed uncertainty dwa "
+    "rlw famo",
     "steps_mlp_linear": "balancer_step.py --models mlp --rounds 6 60 --seconds 20 PEERS --methods fixed gaba pcgrad",
     "steps_mlp_fused": "balancer_step.py --models mlp-heads --fused --rounds 6 60 --seconds 15 --methods fixed gaba",
     "steps_models": "balancer_step.py --models wide resnet --rounds 4 30 --seconds 40 PEERS --methods fixed famo gaba "

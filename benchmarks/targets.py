@@ -41,9 +41,10 @@ def outcomes(figures: Figures) -> Iterator[Outcome]:
         for form, bounds in (("", _GABA), (_EVERY_FORM, _EVERY), ("features", dict.fromkeys(_GABA, 1.15))):
             if count in bounds:
                 yield from _of(result, "gaba", form, bounds[count])
+        yield from _solvers(result)
+    for result in figures.workloads("steps_losses" if "steps_losses" in figures else "steps_mlp"):
         for method in _LOSS_READING:
             yield from _of(result, method, "", 1.02)
-        yield from _solvers(result)
     for result in figures.workloads("steps_models"):
         if result["family"] == "wide" and result["batch_size"] <= 64:
             yield from _of(result, "gaba", "", 1.5)

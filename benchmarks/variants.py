@@ -148,12 +148,15 @@ GABA_FORMS = (
     ),
     method_variant("gaba", "features", at="features"),
 )
+LOW_MEMORY = tuple(
+    method_variant(method, "low memory", delivery="low_memory") for method in ("gaba", "pcgrad")
+)
 
 
 def own_variants(wanted: Sequence[str]) -> list[Variant]:
-    """Return the wanted methods, and GABA's other forms where it is among them."""
-    found = [method_variant(method) for method in wanted]
-    return [*found, *GABA_FORMS] if "gaba" in wanted else found
+    """Return the wanted methods, and the other forms of those that have some here."""
+    others = [variant for variant in (*GABA_FORMS, *LOW_MEMORY) if variant.method in wanted]
+    return [*(method_variant(method) for method in wanted), *others]
 
 
 def by_name(variants: Sequence[Variant]) -> Mapping[str, Variant]:
