@@ -20,6 +20,7 @@ PYTEST_ARGS  ?=
 
 # For example `make torture TORTURE_ARGS='--seed 5 --kills 1000'`.
 TORTURE_ARGS ?=
+DRIVER_ARGS  ?=
 
 # For example `make bench BENCH_ARGS='--quick --libmtl ~/src/LibMTL'`.
 BENCH_ARGS ?=
@@ -57,6 +58,7 @@ lint: $(VENV)/.installed-dev  ## ruff and strict mypy
 
 torture: $(VENV)/.installed-dev  ## kill, stop, damage, race and starve real runs: the long form of tests/torture
 	$(TEST_ENV) $(PYTHON) tests/torture/torture.py --json runs/torture.json $(TORTURE_ARGS)
+	$(TEST_ENV) $(PYTHON) tests/torture/drivers.py --json runs/torture_drivers.json $(DRIVER_ARGS)
 
 bench: $(VENV)/.installed-dev  ## what balancing costs, as ratios, beside the peers (BENCH_ARGS=--quick: minutes)
 	$(PYTHON) -m pip install --quiet -c constraints.txt --group bench
