@@ -48,8 +48,9 @@ class GABALoss(GradientBalancer):
 
     Cost: K backward passes through heads and trunk and K copies of the trunk's gradients (direct delivery);
     K + 1 passes by weighted sum; on representations K passes through the heads and one through the trunk;
-    with ``update_every=N`` on average 1 + (K − 1)/N passes. Wide linear layers on a CPU: see ``GradientBalancer``.
-    No host sync.
+    with ``update_every=N`` on average 1 + (K − 1)/N passes. No host sync. Of wide linear layers on a CPU one weight
+    gradient is made, not K (see ``GradientBalancer``): on three layers of 1,024, K = 4 and batches of 32 and 64, a
+    step takes 1.7 to 2.0 times the plain sum's, where it would take 2.5 to 3.7.
 
     Raises:
         InvalidArgumentError: an argument is out of range, or a loss has no graph.
