@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer, Call, Shows, Sync, WeightSum
-from mtlbalance.balancers.presence import all_finite, both, choose, moving
+from mtlbalance.balancers.presence import all_finite, both, choose, is_true, known_finite, moving
 from mtlbalance.balancers.signals import Signals
 
 
@@ -72,8 +72,11 @@ class ObjectiveBalancer(Balancer):
         weights_K = self._note(self._move(call.signals, slopes_K, finite), finite)
         total = call.weighted_sum(weights_K)
         for parameter, slope in zip(learned, slopes, strict=True):
-            total = total + (parameter * torch.where(finite, slope, 0.0)).sum()  # its gradient is the slope
-        value = torch.where(torch.isfinite(read), read, call.value(weights_K))  # not finite: the weighted sum
+            good = slope if is_true(finite) else torch.where(finite, slope, 0.0)
+            total = total + (parameter * good).sum()  # its gradient is the slope
+        value = read
+        if not known_finite(read):
+            value = torch.where(torch.isfinite(read), read, call.value(weights_K))
         return total + (value - total.detach())
 
     def _slopes(self, signals: Signals, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:

@@ -42,14 +42,19 @@ def all_finite(values: Tensor) -> Tensor:
     return torch.tensor(True, device="cpu") if known_finite(values) else torch.isfinite(values).all()
 
 
+def is_true(condition: Tensor) -> bool:
+    """Return whether the host knows that a 0-d bool is True; False says nothing."""
+    return condition.device.type == "cpu" and bool(condition)
+
+
 def both(first: Tensor, second: Tensor) -> Tensor:
     """Return ``first & second`` of 0-d bools on one device."""
-    return second if first.device.type == "cpu" and bool(first) else first & second
+    return second if is_true(first) else first & second
 
 
 def moving(present_K: Tensor, finite: Tensor) -> Tensor:
     """Return the (K,) mask of the tasks whose state moves: present ones, in a call whose numbers are ``finite``."""
-    if finite.device.type == "cpu" and is_everyone(present_K) and bool(finite):
+    if is_everyone(present_K) and is_true(finite):
         return present_K
     return present_K & finite
 
