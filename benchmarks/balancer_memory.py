@@ -1,8 +1,8 @@
 """What balancing holds beyond the plain sum, in copies of the trunk's gradients: at the peak of a step, and kept.
 
-Every allocation is counted (CPU) or the allocator asked (CUDA). The model is a wide MLP on a small batch, so that next
-to the trunk's gradients nothing else is large, and steps are SGD's, which needs no memory of its own. The plain sum has
-one copy of the trunk's gradients at the peak; a method with K here has K + 1 in all.
+Every allocation is counted (CPU) or the allocator asked (CUDA). The model has wide layers and a small batch, so that
+next to the trunk's gradients nothing else is large, and steps are SGD's, which needs no memory of its own. The plain sum
+has one copy of them at the peak; a method with K here has K + 1 in all.
 
     python benchmarks/balancer_memory.py --tasks 2 4 8 16 --peers torchjd
     python benchmarks/balancer_memory.py --device cuda --out runs/memory.json
@@ -118,6 +118,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--layers",
+        choices=["linear", "conv"],
+        default="conv",
+        help="linear: wide layers on few rows, whose gradients are kept as their factors; conv: no layer is such",
+    )
     parser.add_argument("--tasks", nargs="+", type=int, default=[2, 4, 8, 16])
     parser.add_argument("--width", type=int, default=1024, help="hidden width of the wide mlp")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -139,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert args.variants[0].name == PLAIN
     results = []
     for count in args.tasks:
-        workload = workloads.wide(count, width=args.width, batch_size=args.batch_size)
+        make = {"linear": workloads.wide, "conv": workloads.wide_conv}[args.layers]
+        workload = make(count, width=args.width, batch_size=args.batch_size)
         results.append(measure_workload(workload.to(args.device), args.variants))
         write_json(args.out, {"machine": where, "results": results})
     print_results(results)

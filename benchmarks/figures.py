@@ -27,9 +27,22 @@ class Figures:
         return self.parts[part]
 
     def machine(self) -> dict[str, Any]:
-        """Return the machine that the parts were measured on, in the fullest of their descriptions."""
-        found: list[dict[str, Any]] = [part["machine"] for part in self.parts.values()]
-        return max(found, key=len, default={})
+        """Return the machine that the parts were measured on; what each was of is in ``commits``."""
+        found: dict[str, Any] = next(iter(self.parts.values()))["machine"] if self.parts else {}
+        return {key: value for key, value in found.items() if key != "commit"}
+
+    def commits(self) -> Iterator[str]:
+        """Yield a sentence on which parts were measured at which commit."""
+        parts: dict[str, list[str]] = {}
+        for name, part in self.parts.items():
+            if commit := part["machine"].get("commit"):
+                parts.setdefault(commit, []).append(name)
+        if parts:
+            yield (
+                "Commits: "
+                + "; ".join(f"{commit} ({', '.join(names)})" for commit, names in parts.items())
+                + "."
+            )
 
     def workloads(self, *parts: str) -> Iterator[Row]:
         """Yield the results of the step benchmarks, a workload at a time."""

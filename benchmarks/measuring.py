@@ -70,8 +70,8 @@ def machine(threads: int, device: str = "cpu") -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """Return the commit that is measured, where this is a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Return the last commit of what is measured, where this is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%h", "--", "../mtlbalance"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -65,6 +65,7 @@ def write(folder: Path) -> Path:
     parts = [
         f"# {folder.name}",
         f"Measured on: {in_words(figures.machine())}. How to read it: [benchmarks](../../README.md).",
+        *figures.commits(),
     ]
     if not can_draw:
         parts.append(NO_PLOTS)

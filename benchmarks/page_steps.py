@@ -158,14 +158,25 @@ def model_section(figures: Figures) -> Iterator[str]:
 
 def memory_section(figures: Figures) -> Iterator[str]:
     """What balancing holds."""
-    results = list(figures.workloads("memory"))
-    if not results:
+    parts = {
+        "memory": "Convolutions, as for any layer that is not a wide linear one on few rows:",
+        "memory_linear": "Wide linear layers on few rows, whose gradients are kept as their factors:",
+    }
+    if not any(part in figures for part in parts):
         return
     yield "## Memory"
     yield (
         "Copies of the trunk's gradients beyond the plain sum's, at the peak of a step, counted allocation by "
         "allocation; in brackets what is kept between steps. Ours / torchjd (cheapest form) / LibMTL."
     )
+    for part, text in parts.items():
+        if part in figures:
+            yield text
+            yield memory_table(list(figures.workloads(part)))
+
+
+def memory_table(results: Sequence[Row]) -> str:
+    """Return the table of one kind of trunk."""
 
     def held(row: Row | None) -> str:
         if row is None:
@@ -186,4 +197,4 @@ def memory_section(figures: Figures) -> Iterator[str]:
         rows.append([method, *(cell.removesuffix(" / - / -") for cell in cells)])
     others = [("gaba", form) for form in (*FORMS[1:], "low memory")] + [("pcgrad", "low memory")]
     forms = [[f"{m}, {form}", *(held(pick(r, OURS, m, form)) for r in results)] for m, form in others]
-    yield table(["method", *(f"K = {result['tasks']}" for result in results)], [*rows, *forms])
+    return table(["method", *(f"K = {result['tasks']}" for result in results)], [*rows, *forms])

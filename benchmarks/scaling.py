@@ -34,7 +34,7 @@ PARTS = ("tasks", "parameters", "ranks")
 _FLOAT_BYTES = 4
 _HELD_COPIES = 4  # a variant's weights, AdamW's two averages, and its gradients
 _PARAMETER_TASKS = 4
-_MOST_TO_FILL = 0.6  # of the memory that is free
+_MOST_TO_FILL = 0.7  # of the memory that is free
 
 
 def with_tasks(args: argparse.Namespace, rounds: Rounds) -> list[dict[str, Any]]:

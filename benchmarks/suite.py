@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 FULL = {
     "import_time": "import_time.py --rounds 15",
     "memory": "balancer_memory.py PEERS",
+    "memory_linear": "balancer_memory.py --layers linear PEERS",
     "steps_mlp": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 60 PEERS",
     "steps_losses": "balancer_step.py --models mlp-heads --rounds 30 400 --seconds 40 --methods fixed uncertainty dwa "
     "rlw famo",

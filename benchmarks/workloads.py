@@ -22,7 +22,7 @@ class Workload:
     """A model with ``trunk`` and ``heads``, a batch for it, and each task's targets and criterion.
 
     Args:
-        family: ``mlp``, ``mlp-heads``, ``wide``, ``resnet`` or ``study``.
+        family: ``mlp``, ``mlp-heads``, ``wide``, ``conv``, ``resnet`` or ``study``.
         name: family, sizes and number of tasks.
         model: never trained itself: everything measured trains a copy.
         inputs, targets: the batch.
@@ -116,6 +116,15 @@ def wide(tasks_count: int, *, width: int = 1024, batch_size: int = 64) -> Worklo
     """The same with wide layers and a small batch: weights are most of what is moved."""
     found = mlp(tasks_count, width=width, batch_size=batch_size)
     return replace(found, family="wide", name=found.name.replace("mlp", "wide mlp"))
+
+
+def wide_conv(tasks_count: int, *, width: int = 1024, batch_size: int = 4) -> Workload:
+    """The wide mlp as 1 x 1 convolutions: as many numbers, whose gradients are kept as they are."""
+    sizes = [(32, width), (width, width), (width, width)]
+    layers = [part for size in sizes for part in (nn.Conv1d(*size, 1), nn.ReLU())]
+    name = f"1 x 1 convolutions 3 x {width}, batch {batch_size}, K = {tasks_count}"
+    trunk = nn.Sequential(*layers, nn.Flatten())
+    return _regressions("conv", name, trunk, width, torch.randn(batch_size, 32, 1), tasks_count)
 
 
 class ResidualBlock(nn.Module):
