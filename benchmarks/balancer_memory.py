@@ -1,8 +1,8 @@
 """What balancing holds beyond the plain sum, in copies of the trunk's gradients: at the peak of a step, and kept.
 
 Every allocation is counted (CPU) or the allocator asked (CUDA). The model has wide layers and a small batch, so that
-next to the trunk's gradients nothing else is large, and steps are SGD's, which needs no memory of its own. The plain sum
-has one copy of them at the peak; a method with K here has K + 1 in all.
+next to the trunk's gradients nothing else is large, and steps are SGD's, which needs no memory of its own. The plain
+sum has one copy of them at the peak; a method with K here has K + 1 in all.
 
     python benchmarks/balancer_memory.py --tasks 2 4 8 16 --peers torchjd
     python benchmarks/balancer_memory.py --device cuda --out runs/memory.json

@@ -44,6 +44,13 @@ class Figures:
                 + "."
             )
 
+    def growth(self) -> Row:
+        """Return what the growth benchmark found, in however many parts it was run."""
+        found: Row = {}
+        for part in ("scaling", "scaling_parameters"):
+            found |= {key: value for key, value in self.parts.get(part, {}).items() if key != "machine"}
+        return found
+
     def workloads(self, *parts: str) -> Iterator[Row]:
         """Yield the results of the step benchmarks, a workload at a time."""
         for part in parts:

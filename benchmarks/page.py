@@ -39,7 +39,7 @@ def draw(figures: Figures) -> dict[Section, list[str]]:
     held = [int(result["tasks"]) for result in figures.workloads("memory")]
     if held:
         drawn[memory_section] = [plots.memory(figures, folder / "memory.png", 8 if 8 in held else max(held))]
-    if "scaling" in figures:
+    if figures.growth():
         drawn[growth_section] = [plots_of_runs.growth(figures, folder / "growth.png")]
     if "end_to_end" in figures:
         drawn[run_section] = [plots_of_runs.end_to_end(figures, folder / "end_to_end.png")]

@@ -64,9 +64,9 @@ def checkpoint_words(figures: Figures, checkpoint: Row) -> str:
 
 def growth_section(figures: Figures) -> Iterator[str]:
     """Growth with tasks, parameters and ranks."""
-    if "scaling" not in figures:
+    scaling = figures.growth()
+    if not scaling:
         return
-    scaling = figures["scaling"]
     yield "## Growth"
     for part, key in (("tasks", "tasks"), ("parameters", "trunk_numbers")):
         results = scaling.get(part) or []

@@ -26,7 +26,7 @@ _COLOURS = {
 
 def growth(figures: Figures, path: Path) -> Path:
     """Ratio of a step against tasks, parameters and ranks, as far as they were measured."""
-    scaling = figures["scaling"]
+    scaling = figures.growth()
     parts = [part for part in ("tasks", "parameters", "ranks") if scaling.get(part)]
     figure, grid = plt.subplots(1, len(parts), figsize=(4.4 * len(parts), 3.6), squeeze=False)
     for axes, part in zip(grid.flat, parts, strict=True):

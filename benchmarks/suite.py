@@ -39,7 +39,8 @@ FULL = {
     "end_to_end": "end_to_end.py --models mlp --rounds 5 --epochs 3 --steps 120",
     "end_to_end_study": "end_to_end.py --models study --hidden-size 32 --batch-size 64 --steps 40 --watched 64 "
     "--epochs 3 --rounds 6 --no-parts",
-    "scaling": "scaling.py",
+    "scaling": "scaling.py --only tasks ranks",
+    "scaling_parameters": "scaling.py --only parameters",
     "allocator": "allocator.py --rounds 3 --hidden-size 128",
 }
 _ON_CPU_ALONE = ("import_time.py", "allocator.py")
@@ -62,7 +63,7 @@ def commands(*, quick: bool, libmtl: Path | None, device: str = "cpu") -> dict[s
         found[name] = [word for part in words for word in part]
     if device != "cpu":
         found = {name: words for name, words in found.items() if words[0] not in _ON_CPU_ALONE}
-        found["scaling"] += ["--only", "tasks", "parameters"]
+        found["scaling"] += ["--only", "tasks"]  # its ranks are gloo's
         found = {name: [*words, "--device", device] for name, words in found.items()}
     return found
 
