@@ -12,7 +12,7 @@ from torch import Tensor
 from mtlbalance.balancers.base import Sync, WeightSum
 from mtlbalance.balancers.checks import real
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
-from mtlbalance.balancers.presence import share_budget
+from mtlbalance.balancers.presence import choose, moving, share_budget
 from mtlbalance.balancers.signals import Signals
 
 _SMALLEST_WEIGHT = 1e-3
@@ -99,11 +99,11 @@ class GradNormLoss(GradientBalancer):
         """Return the weights so far, and step them by what was measured, if anything."""
         present_K = signals.present_K
         applied_K = self.current_weights(present_K)
-        moves_K = present_K & signals.finite
+        moves_K = moving(present_K, signals.finite)
         first_K = moves_K & self.initial_losses.isnan()
         self.initial_losses.copy_(torch.where(first_K, signals.losses_K, self.initial_losses))
         if signals.grad_norms_K is not None:
-            self.grad_norms.copy_(torch.where(moves_K, signals.grad_norms_K, self.grad_norms))
+            self.grad_norms.copy_(choose(moves_K, signals.grad_norms_K, self.grad_norms))
             slopes_K = self._slopes(applied_K, signals.grad_norms_K, signals.losses_K, present_K)
             stepped_K = (applied_K - self.weight_lr * slopes_K).clamp(min=_SMALLEST_WEIGHT) * present_K
             share = (self.task_weights * present_K).sum() / stepped_K.sum()

@@ -15,7 +15,7 @@ from torch import Tensor
 from mtlbalance.balancers.base import Call, Reads, Sync, WeightSum
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
 from mtlbalance.balancers.one_at_a_time import OneAtATime
-from mtlbalance.balancers.presence import share_of_present
+from mtlbalance.balancers.presence import all_finite, both, choose, share_of_present
 from mtlbalance.balancers.probe import Probe
 from mtlbalance.balancers.products import gram_matrix
 from mtlbalance.balancers.signals import Signals
@@ -106,9 +106,9 @@ class GramianBalancer(GradientBalancer):
                 )
             solved_K = torch.from_numpy(in_float32(weights)).to(self.solved_weights)
             self.solved_present.copy_(signals.present_K)
-            self.solved_weights.copy_(torch.where(signals.present_K, solved_K, self.solved_weights))
+            self.solved_weights.copy_(choose(signals.present_K, solved_K, self.solved_weights))
             norms_K = signals.gramian_KK.diagonal().sqrt().to(self.grad_norms)
-            self.grad_norms.copy_(torch.where(signals.present_K, norms_K, self.grad_norms))
+            self.grad_norms.copy_(choose(signals.present_K, norms_K, self.grad_norms))
             return solved_K
         return self.current_weights(signals.present_K)
 
@@ -165,7 +165,7 @@ class GramianBalancer(GradientBalancer):
     def _signals(self, call: Call, probe: Probe, gramian_KK: Tensor) -> Signals:
         if probe.scales_K is not None:
             gramian_KK = gramian_KK / torch.outer(probe.scales_K, probe.scales_K).to(gramian_KK)
-        finite = self._finite(call, probe, gramian_KK.diagonal()) & torch.isfinite(gramian_KK).all()
+        finite = both(self._finite(call, probe, gramian_KK.diagonal()), all_finite(gramian_KK))
         return replace(call.signals, gramian_KK=gramian_KK, finite=finite)
 
     def _report(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtlbalance.balancers.signals import Gradients, real_parts
 
+_TRIANGLE_FROM = 4  # tasks: of fewer the whole product is as fast
 _BLOCK_NUMBERS = 2**22  # copied to float64, and multiplied, at a time
 
 
@@ -46,7 +47,7 @@ def _blocks(rows: Sequence[Gradients]) -> Iterator[Tensor]:
     size = 0
     for position in range(max((len(row) for row in rows), default=0)):
         column = [row[position] if row else None for row in rows]
-        flat: Gradients = [None if g is None else real_parts(g.to_dense()).reshape(-1) for g in column]
+        flat: Gradients = [None if g is None else _flat(g) for g in column]
         found = next((gradient for gradient in flat if gradient is not None), None)
         if found is None:
             continue
@@ -82,7 +83,7 @@ def _block(pieces: Sequence[Gradients]) -> Tensor:
 
 def _products(block_KC: Tensor) -> Tensor:
     """Return the inner products of the rows."""
-    if block_KC.device.type != "cpu":
+    if block_KC.device.type != "cpu" or len(block_KC) < _TRIANGLE_FROM:
         return block_KC @ block_KC.T
     products_KK = block_KC.new_zeros(len(block_KC), len(block_KC))
     for task, row_C in enumerate(
@@ -90,6 +91,11 @@ def _products(block_KC: Tensor) -> Tensor:
     ):  # one triangle, row by row: on a CPU half the time of the whole product
         products_KK[task, : task + 1] = block_KC[: task + 1] @ row_C
     return products_KK + products_KK.tril(-1).T
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+    return real_parts(dense).reshape(-1)
 
 
 def _device_of(piece: Gradients) -> torch.device:
