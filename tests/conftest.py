@@ -1,6 +1,7 @@
 """What every test process starts from."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -9,6 +10,10 @@ from hypothesis import settings
 
 # Read by OpenMP when torch is imported: test processes that spin while they wait starve one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["compatibility"]
 
