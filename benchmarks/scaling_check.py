@@ -28,7 +28,8 @@ import methods
 import torch
 import torch.distributed as dist
 import workloads
-from cost_model import OPTIONS, PLAIN, Job, Option, balancer_sums, extra_bytes, ring_bytes, trunk_passes
+from cost_model import OPTIONS, PLAIN, Job, Option, balancer_sums, extra_bytes, trunk_passes
+from hardware import ring_bytes
 from live_bytes import live_bytes
 from measuring import markdown_header, markdown_row, paired_ratio, write_json
 from rank_steps import WithLosses

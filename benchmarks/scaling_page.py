@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import cost_model
+import hardware as h100
 from cost_model import (
     EVERY_10TH,
     EVERY_10TH_LOW_MEMORY,
@@ -28,13 +28,13 @@ from cost_model import (
     OPTIONS,
     PLAIN,
     STREAMING,
-    Hardware,
     Job,
     Option,
     Wrapper,
     cost,
     ratio,
 )
+from hardware import Hardware
 from measuring import markdown_header, markdown_row
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
@@ -161,28 +161,27 @@ def work_table() -> str:
 
 def assumptions_table() -> str:
     """The constants."""
-    m = cost_model
     latencies = " / ".join(f"{1e6 * Hardware().sum_seconds(0, ranks):.0f}" for ranks in RANKS[1:])
     rows = [
         (
             "arithmetic",
-            f"{m.PEAK_FLOPS * m.FLOPS_SHARE / 1e12:.0f} TFLOP/s",
-            f"bfloat16 peak of an H100 SXM, {m.PEAK_FLOPS / 1e12:.0f}, times a utilisation of {m.FLOPS_SHARE}",
+            f"{h100.PEAK_FLOPS * h100.FLOPS_SHARE / 1e12:.0f} TFLOP/s",
+            f"bfloat16 peak of an H100 SXM, {h100.PEAK_FLOPS / 1e12:.0f}, times a utilisation of {h100.FLOPS_SHARE}",
         ),
         (
             "GPU memory",
-            f"{(m.GPU_BYTES - m.RESERVED_BYTES) / 1e9:.0f} GB for what is counted",
-            f"{m.GPU_BYTES / 1e9:.0f} GB less {m.RESERVED_BYTES / 1e9:.0f} for activations and the allocator",
+            f"{(h100.GPU_BYTES - h100.RESERVED_BYTES) / 1e9:.0f} GB for what is counted",
+            f"{h100.GPU_BYTES / 1e9:.0f} GB less {h100.RESERVED_BYTES / 1e9:.0f} for activations and the allocator",
         ),
-        ("memory traffic", f"{m.MEMORY_BYTES_PER_S / 1e12:.1f} TB/s", "HBM3, 80 % of the data sheet"),
+        ("memory traffic", f"{h100.MEMORY_BYTES_PER_S / 1e12:.1f} TB/s", "HBM3, 80 % of the data sheet"),
         (
-            f"within {m.NODE_RANKS} GPUs",
-            f"{m.NVLINK_BYTES_PER_S / 1e9:.0f} GB/s",
+            f"within {h100.NODE_RANKS} GPUs",
+            f"{h100.NVLINK_BYTES_PER_S / 1e9:.0f} GB/s",
             "NVLink 4, one direction, 80 % of the data sheet",
         ),
         (
             "between nodes",
-            f"{8 * m.LINK_BYTES_PER_S / 1e9:.0f} GB/s a node",
+            f"{8 * h100.LINK_BYTES_PER_S / 1e9:.0f} GB/s a node",
             "eight 400 Gb/s links at 80 %; a table below has one",
         ),
         (

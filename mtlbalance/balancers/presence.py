@@ -69,11 +69,6 @@ def only(mask_K: Tensor, values_K: Tensor) -> Tensor:
     return values_K if is_everyone(mask_K) else values_K * mask_K
 
 
-def count_of(mask_K: Tensor) -> Tensor | int:
-    """Return how many entries are True: a number that the host knows, or else a 0-d tensor."""
-    return len(mask_K) if is_everyone(mask_K) else mask_K.sum()
-
-
 def share_budget(weights_K: Tensor, present_K: Tensor) -> Tensor:
     """Return the weights of the present tasks, scaled so that they sum to what all weights sum to; 0 elsewhere."""
     if is_everyone(present_K):
