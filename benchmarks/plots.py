@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 from figures import OURS, Figures, Row, best, own_methods, pick, value_of
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 BLUE, ORANGE, GREEN, GREY, LIGHT = "#1f5fa8", "#d8741a", "#3f8f4f", "#7a7a7a", "#dddddd"
@@ -147,21 +148,20 @@ def memory(figures: Figures, path: Path, tasks: int) -> Path:
     return _dots(result, path, "peak_copies", text, None)
 
 
+def _rule_rows(axes: Axes, count: int) -> None:
+    """Draw a faint line behind each row."""
+    axes.hlines(
+        range(count), 0, 1, transform=axes.get_yaxis_transform(), color="#f0f0f0", linewidth=1, zorder=0
+    )
+
+
 def _dots(result: Row, path: Path, key: str, text: str, floor: float | None) -> Path:
     """Draw a row a method and a dot a library, cheapest at the top; ratios on a log axis."""
     found = {method: pick(result, OURS, method) for method in own_methods(result)}
     ours = {method: value_of(row, key) for method, row in found.items() if row}
     methods = sorted(ours, key=lambda method: ours[method], reverse=True)
     figure, axes = plt.subplots(figsize=(8.5, 0.21 * len(methods) + 1.1))
-    axes.hlines(
-        range(len(methods)),
-        0,
-        1,
-        transform=axes.get_yaxis_transform(),
-        color="#f0f0f0",
-        linewidth=1,
-        zorder=0,
-    )
+    _rule_rows(axes, len(methods))
     for source, marker in (("LibMTL", "^"), ("torchjd", "s"), (OURS, "o")):
         points = []
         for position, method in enumerate(methods):
@@ -217,15 +217,7 @@ def models(figures: Figures, path: Path) -> Path:
         ("GABA, features", "#7fa9d6", "v", lambda result: pick(result, OURS, "gaba", "features")),
     ]
     figure, axes = plt.subplots(figsize=(8.5, 0.34 * len(results) + 1.3))
-    axes.hlines(
-        range(len(results)),
-        0,
-        1,
-        transform=axes.get_yaxis_transform(),
-        color="#f0f0f0",
-        linewidth=1,
-        zorder=0,
-    )
+    _rule_rows(axes, len(results))
     for name, colour, marker, find in marks:
         points = [
             (value_of(row), len(results) - 1 - index)
