@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mtlbalance.balancers.checks import one_of, task_names
-from mtlbalance.balancers.delivery import weighted_sum
+from mtlbalance.balancers.delivery import dot, weighted_sum
 from mtlbalance.balancers.losses import check_sample_weights, name_losses, no_losses, reduce_losses
 from mtlbalance.balancers.presence import all_finite, everyone
 from mtlbalance.balancers.ranks import Ranks, active_ranks
@@ -27,8 +26,7 @@ Shows = Literal["weighted sum", "objective"]
 Delivers = Literal["weighted sum", "combination"]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One training call, digested: everything that a method's delivery needs.
 
     Args:
@@ -69,12 +67,12 @@ class Call:
         """Return Σ w_k·L_k on this rank, differentiable, with the weights for gradients that ranks will average."""
         local_K = self.local_weights(weights_K)
         if self.stacked_K is not None and not self.zeros:
-            return (self.stacked_K * local_K).sum()  # two operations, whatever the number of tasks
+            return dot(self.stacked_K, local_K)
         return weighted_sum(self.losses, local_K, self.zeros)
 
     def value(self, weights_K: Tensor) -> Tensor:
         """Return Σ w_k·L_k on this rank, detached."""
-        return (weights_K * self.losses_K).sum()
+        return dot(weights_K, self.losses_K)
 
 
 class Balancer(TaskState, ABC):
@@ -194,12 +192,13 @@ class Balancer(TaskState, ABC):
             the losses for a method without task weights. In ``eval()`` or without gradients: the same with the
             current weights, and no state change.
         """
-        reduced, zeros = self._reduce(losses, sample_weights, context)
+        ranks = active_ranks(self.process_group)
+        reduced, zeros = self._reduce(losses, sample_weights, context, several_ranks=ranks is not None)
         stacked_K, losses_K, present_K = self._stack(reduced, zeros)
         if not (self.training and torch.is_grad_enabled()):
             return self._eval_call(reduced, present_K)
         call = self._digest(
-            reduced, stacked_K, losses_K, present_K, zeros, shared_params, model, retain_graph
+            reduced, stacked_K, losses_K, present_K, zeros, ranks, shared_params, model, retain_graph
         )
         if not reduced and not bool(call.signals.present_K.any()):
             return call.weighted_sum(losses_K)  # no rank has any task: nothing moves
@@ -230,9 +229,10 @@ class Balancer(TaskState, ABC):
         return self._note(self.weigh(signals), signals.finite)
 
     def _note(self, weights_K: Tensor, finite: Tensor) -> Tensor:
-        weights_K = weights_K.detach().to(self.applied_weights.dtype)
+        applied = self.applied_weights
+        weights_K = (weights_K.detach() if weights_K.requires_grad else weights_K).to(applied.dtype)
         if self.has_task_weights:
-            self.applied_weights.copy_(weights_K)
+            applied.copy_(weights_K)
         self.calls += 1
         self._count_nonfinite(finite)
         return weights_K
@@ -249,11 +249,12 @@ class Balancer(TaskState, ABC):
         losses: Sequence[Mapping[str, Tensor | None] | Tensor | None],
         sample_weights: Mapping[str, Tensor] | None,
         context: Mapping[str, Any],
+        *,
+        several_ranks: bool,
     ) -> tuple[dict[int, Tensor], list[Tensor]]:
         """Return the 0-d losses of the present tasks by index, and the zeros of absent ones that DDP waits for."""
         present, empty = name_losses(losses, self.tasks)
         training = self.training and torch.is_grad_enabled()
-        several_ranks = active_ranks(self.process_group) is not None
         zeros = [loss.sum() for loss in empty if loss.requires_grad] if training and several_ranks else []
         if not present and not zeros:
             raise no_losses(self.tasks, several_ranks=several_ranks)
@@ -294,16 +295,18 @@ class Balancer(TaskState, ABC):
         losses_K: Tensor,
         present_K: Tensor,
         zeros: list[Tensor],
+        ranks: Ranks | None,
         shared_params: Any,
         model: nn.Module | None,
         retain_graph: bool,
     ) -> Call:
-        ranks = active_ranks(self.process_group) if self.sync != "none" else None
-        read_K, anywhere_K, counts_K = losses_K, present_K, None
-        if ranks is not None:
-            read_K, counts_K = ranks.mean_losses(losses_K, present_K)
-            anywhere_K = counts_K > 0
-        signals = Signals(read_K, anywhere_K, None, all_finite(read_K))
+        ranks = None if self.sync == "none" else ranks
+        counts_K = None
+        if ranks is None:
+            signals = Signals(losses_K, present_K, None, all_finite(losses_K))
+        else:
+            mean_K, counts_K = ranks.mean_losses(losses_K, present_K)
+            signals = Signals(mean_K, counts_K > 0, None, all_finite(mean_K))
         return Call(
             losses,
             stacked_K,

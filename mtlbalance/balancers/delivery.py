@@ -6,17 +6,23 @@ measured already are weighted, summed and handed over, so that nothing is differ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from mtlbalance.balancers.signals import common_kind
 from mtlbalance.errors import GraphConsumedError
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def dot(values_K: Tensor, weights_K: Tensor) -> Tensor:
+    """Return Σ v_k·w_k of detached or differentiable numbers as a 0-d tensor, in one operation."""
+    dtype = torch.promote_types(values_K.dtype, weights_K.dtype)
+    return torch.dot(values_K.to(dtype), weights_K.to(dtype))
 
 
 def weighted_sum(losses: Mapping[int, Tensor], weights_K: Tensor, zeros: Sequence[Tensor] = ()) -> Tensor:
@@ -28,13 +34,13 @@ def weighted_sum(losses: Mapping[int, Tensor], weights_K: Tensor, zeros: Sequenc
     return total
 
 
-@dataclass
-class _Term:
-    """Gradients of the tensors at some positions, and the 0-d weight that they are multiplied by."""
+class _Term(NamedTuple):
+    """Gradients of the tensors at some positions; they are multiplied by one of the weights."""
 
     positions: list[int]
     gradients: list[Tensor]
-    weight: Tensor
+    weights_K: Tensor
+    task: int
 
 
 class GradientSum:
@@ -45,42 +51,47 @@ class GradientSum:
         self._position_of: dict[int, int] = {}
         self._terms: list[_Term] = []
         self._inputs: dict[int, Tensor] = {}
+        self._waiting: set[int] = set()
 
-    def add(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: Tensor) -> None:
-        """Add ``weight`` (0-d) times one task's gradients of ``tensors``; None counts as zero."""
-        positions: list[int] = []
-        found: list[Tensor] = []
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            if gradient is not None:
-                positions.append(self._position(tensor))
-                found.append(gradient)
+    def positions(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Return where the sums of ``tensors`` are kept, to `add` to them."""
+        return [self._position(tensor) for tensor in tensors]
+
+    def add(
+        self, positions: list[int], gradients: Sequence[Tensor | None], weights_K: Tensor, task: int
+    ) -> None:
+        """Add ``weights_K[task]`` times one task's gradients of the tensors at these positions; None counts as zero."""
+        found = [gradient for gradient in gradients if gradient is not None]
+        if len(found) < len(gradients):
+            pairs = zip(positions, gradients, strict=True)
+            positions = [position for position, gradient in pairs if gradient is not None]
         if found:
-            self._terms.append(_Term(positions, found, weight))
+            self._terms.append(_Term(positions, found, weights_K, task))
 
     def through(self, weight: Tensor, inputs: Tensor) -> None:
         """Hand over DᵀX with ``inputs`` X where D is the sum that was added for ``weight``, of a linear layer."""
-        position = self._position_of.get(id(weight))
-        if position is not None:
-            self._inputs[position] = inputs
+        self._inputs[self._position(weight)] = inputs
 
     def reach(self, tensors: Iterable[Tensor]) -> None:
-        """Add zeros for ``tensors`` that have no gradient yet, so that whoever waits for one gets it."""
-        for tensor in tensors:
-            self._position(tensor)
+        """Hand over zeros for those of ``tensors`` that nothing is added for, so that whoever waits gets them."""
+        self._waiting.update(self.positions(tensors))
 
     def deliver(self, value: Tensor, *, keep: bool) -> Tensor:
         """Return ``value`` (0-d, detached) as a scalar whose backward pass hands over the sums.
+
+        Tensors that nothing was added for are left alone: their ``.grad`` stays what it is.
 
         Args:
             value: what the scalar shows.
             keep: keep the gradients after a backward pass, so that another one may follow.
         """
-        if not self._tensors:
-            return value
         reached = {position for term in self._terms for position in term.positions}
-        zeros = {i: tensor.detach() for i, tensor in enumerate(self._tensors) if i not in reached}
+        zeros = {position: self._tensors[position].detach() for position in self._waiting - reached}
+        given = [t for position, t in enumerate(self._tensors) if position in reached or position in zeros]
+        if not given:
+            return value
         parcel = _Parcel(self._terms, self._inputs, len(self._tensors), zeros, keep)
-        delivered = _Delivery.apply(value, parcel, *self._tensors)  # type: ignore[no-untyped-call]
+        delivered = _Delivery.apply(value, parcel, *given)  # type: ignore[no-untyped-call]
         assert isinstance(delivered, Tensor)
         return delivered
 
@@ -121,7 +132,9 @@ class _Parcel:
             self._terms, self._inputs = None, {}
         sums = _sum(terms, factor, self._count)
         for position, (rows, version) in inputs.items():
-            sums[position] = _through(sums[position], rows, version)
+            total = sums[position]
+            if total is not None:
+                sums[position] = _through(total, rows, version)
         for position, tensor in self._zeros.items():
             sums[position] = torch.zeros_like(tensor)
         return [total for total in sums if total is not None]
@@ -148,21 +161,50 @@ def _sum(terms: Sequence[_Term], factor: Tensor, count: int) -> list[Tensor | No
     or a view of something that is not ours.
     """
     sums: list[Tensor | None] = [None] * count
+    alike = common_kind([gradient for term in terms for gradient in term.gradients])
     for term, weight in zip(terms, _scaled(terms, factor), strict=True):
         # Half-precision gradients are summed, and scaled, before they are rounded to the parameter.
         gradients = [g.float() if g.dtype in _HALF else g for g in term.gradients]
-        pairs = list(zip(term.positions, gradients, strict=True))
-        new = [(position, gradient) for position, gradient in pairs if sums[position] is None]
-        old = [(position, gradient) for position, gradient in pairs if sums[position] is not None]
-        for (position, _), product in zip(new, _times([g for _, g in new], weight), strict=True):
-            sums[position] = product
-        _add_to(sums, old, weight)
+        if alike is None:
+            _add_each(sums, term.positions, gradients, weight)
+        else:
+            _add_together(sums, term.positions, gradients, weight.to(gradients[0].device))
     return sums
 
 
-def _through(total: Tensor | None, inputs: Tensor, version: int) -> Tensor:
+def _add_together(
+    sums: list[Tensor | None], positions: list[int], gradients: list[Tensor], weight: Tensor
+) -> None:
+    """Add weighted gradients of one kind to the sums at these positions."""
+    totals = [total for position in positions if (total := sums[position]) is not None]
+    if len(totals) == len(gradients):
+        weight = weight.to(gradients[0].dtype)
+        torch._foreach_addcmul_(totals, gradients, [weight] * len(gradients))
+    elif not totals:
+        for position, product in zip(positions, torch._foreach_mul(gradients, weight), strict=True):
+            sums[position] = product
+    else:
+        _add_each(sums, positions, gradients, weight)
+
+
+def _add_each(
+    sums: list[Tensor | None], positions: list[int], gradients: list[Tensor], weight: Tensor
+) -> None:
+    """Add weighted gradients of any kind to the sums at these positions, in place where that can be."""
+    for position, gradient in zip(positions, gradients, strict=True):
+        total = sums[position]
+        if total is None:
+            sums[position] = gradient * weight.to(gradient.device)
+        elif gradient.is_sparse or total.is_sparse:
+            term = gradient * weight.to(gradient.device)
+            # dense + sparse, never reversed
+            sums[position] = term + total if total.is_sparse else total + term
+        else:
+            total.addcmul_(gradient, weight.to(gradient.device, gradient.dtype))
+
+
+def _through(total: Tensor, inputs: Tensor, version: int) -> Tensor:
     """Return the gradient of a linear layer's weight from that of its output."""
-    assert total is not None
     if inputs._version != version:
         raise GraphConsumedError(
             f"the input of a linear layer, of shape {tuple(inputs.shape)}, was changed in place between the balancer's "
@@ -172,39 +214,11 @@ def _through(total: Tensor | None, inputs: Tensor, version: int) -> Tensor:
         return total.T @ inputs
 
 
-def _scaled(terms: Sequence[_Term], factor: Tensor) -> Sequence[Tensor]:
-    """Return the terms' weights times the factor."""
-    if not terms:
-        return ()
-    return (torch.stack([term.weight for term in terms]) * factor.to(terms[0].weight.device)).unbind()
-
-
-def _add_to(sums: list[Tensor | None], pairs: Sequence[tuple[int, Tensor]], weight: Tensor) -> None:
-    """Add the weighted gradients to the sums at their positions, in place where that can be."""
-    if not pairs:
-        return
-    totals = [total for position, _ in pairs if (total := sums[position]) is not None]
-    gradients = [gradient for _, gradient in pairs]
-    if _are_alike([*totals, *gradients]):
-        weight = weight.to(gradients[0].device, gradients[0].dtype)
-        torch._foreach_addcmul_(totals, gradients, [weight] * len(gradients))
-        return
-    for (position, gradient), total in zip(pairs, totals, strict=True):
-        if gradient.is_sparse or total.is_sparse:
-            term = gradient * weight.to(gradient.device)
-            # dense + sparse, never reversed
-            sums[position] = term + total if total.is_sparse else total + term
-        else:
-            total.addcmul_(gradient, weight.to(gradient.device, gradient.dtype))
-
-
-def _times(gradients: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
-    if _are_alike(gradients):
-        return list(torch._foreach_mul(list(gradients), weight.to(gradients[0].device)))
-    return [gradient * weight.to(gradient.device) for gradient in gradients]
-
-
-def _are_alike(gradients: Sequence[Tensor]) -> bool:
-    """Return whether all are plain tensors of one kind, which one call may take together."""
-    kinds = {(type(g), g.device, g.dtype, g.layout) for g in gradients}
-    return len(kinds) == 1 and next(iter(kinds))[::3] == (Tensor, torch.strided)
+def _scaled(terms: Sequence[_Term], factor: Tensor) -> Iterator[Tensor]:
+    """Yield each term's weight times the factor; the weights of all tasks are multiplied at once."""
+    scaled: dict[int, Sequence[Tensor]] = {}
+    for term in terms:
+        weights_K = term.weights_K
+        if id(weights_K) not in scaled:
+            scaled[id(weights_K)] = (weights_K * factor.to(weights_K.device)).unbind()
+        yield scaled[id(weights_K)][term.task]

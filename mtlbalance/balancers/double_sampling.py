@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from mtlbalance.balancers.one_at_a_time import OneAtATime
 from mtlbalance.balancers.presence import share_of_present
 from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.products import cross_products
+from mtlbalance.balancers.ranks import active_ranks
 from mtlbalance.balancers.shared import missing_shared
 from mtlbalance.balancers.signals import Signals
 from mtlbalance.errors import InvalidArgumentError, SharedParametersError
@@ -127,12 +127,14 @@ class DoubleSamplingBalancer(GramianBalancer):
         """
         if not (self.training and torch.is_grad_enabled()):
             return
-        reduced, zeros = self._reduce(losses, sample_weights, context)
+        ranks = active_ranks(self.process_group)
+        reduced, zeros = self._reduce(losses, sample_weights, context, several_ranks=ranks is not None)
         if shared_params is None and model is None:
             raise missing_shared(f"{self.method}.observe")
         if isinstance(shared_params, Iterator):
             shared_params = list(shared_params)
-        call = self._digest(reduced, *self._stack(reduced, zeros), zeros, shared_params, model, retain_graph)
+        stacked = self._stack(reduced, zeros)
+        call = self._digest(reduced, *stacked, zeros, ranks, shared_params, model, retain_graph)
         if not bool(call.signals.present_K.any()):
             return
         if self.delivery == "low_memory":
@@ -208,17 +210,17 @@ class DoubleSamplingBalancer(GramianBalancer):
         signals = super()._read(call, probe)
         assert signals.gramian_KK is not None
         if not self._has_pending():
-            return replace(signals, grad_norms_K=signals.gramian_KK.diagonal().sqrt())
+            return signals._replace(grad_norms_K=signals.gramian_KK.diagonal().sqrt())
         own_KP = self._flat(call, probe)
         norms_K = torch.linalg.vector_norm(own_KP, dim=1)
-        return replace(signals, gramian_KK=self._products(own_KP), grad_norms_K=norms_K)
+        return signals._replace(gramian_KK=self._products(own_KP), grad_norms_K=norms_K)
 
     def _read_rows(self, call: Call, probe: Probe, rows: OneAtATime) -> Signals:
         if self._has_pending():
             raise self._holds_gradients()
         signals = super()._read_rows(call, probe, rows)
         assert signals.gramian_KK is not None
-        return replace(signals, grad_norms_K=signals.gramian_KK.diagonal().sqrt())
+        return signals._replace(grad_norms_K=signals.gramian_KK.diagonal().sqrt())
 
     def _holds_gradients(self) -> InvalidArgumentError:
         return InvalidArgumentError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -137,7 +136,7 @@ class ExcessMTLLoss(PerParameter):
         self.excess_risks.copy_(torch.where(moves_K, risks_K, self.excess_risks))
         first_K = moves_K & self.first_risks.isnan()
         self.first_risks.copy_(torch.where(first_K, risks_K, self.first_risks))
-        return replace(signals, grad_norms_K=risks_K, finite=finite)
+        return signals._replace(grad_norms_K=risks_K, finite=finite)
 
     def _squares(self, layout: Layout, row: Gradients, probe: Probe, task: int) -> Tensor:
         gradient_P = layout.flatten(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -110,11 +111,13 @@ class GABALoss(GradientBalancer):
 
     def current_weights(self, present_K: Tensor) -> Tensor:
         """Return the floored and renormalised share of each present task."""
-        floored_K = only(present_K, share_of_present(self.ema_weights, present_K).clamp(min=self.min_weight))
+        known = is_everyone(present_K)
+        shares_K = self.ema_weights if known else share_of_present(self.ema_weights, present_K)
+        floored_K = only(present_K, shares_K.clamp(min=self.min_weight))
         return floored_K / floored_K.sum()
 
     def _measure(self, norms_K: Tensor, present_K: Tensor, finite: Tensor) -> None:
-        raw_K = raw_weights(norms_K, present_K)
+        raw_K = raw_weights(norms_K, present_K).to(self.ema_weights.dtype)
         moves_K = moving(present_K, finite)
         self.grad_norms.copy_(choose(moves_K, norms_K, self.grad_norms))
         self.raw_weights.copy_(choose(moves_K, raw_K, self.raw_weights))
@@ -126,7 +129,7 @@ class GABALoss(GradientBalancer):
             raw_K = raw_K * (
                 1.0 - (self.ema_weights * ~present_K).sum()
             )  # the present tasks' part of the weights
-        smoothed_K = decay * self.ema_weights + (1.0 - decay) * raw_K
+        smoothed_K = torch.lerp(self.ema_weights, raw_K, 1.0 - decay)
         self.ema_weights.copy_(choose(moves_K, smoothed_K, self.ema_weights))
 
     def _report(self) -> dict[str, Tensor]:
@@ -140,11 +143,18 @@ class GABALoss(GradientBalancer):
 
 def raw_weights(norms_K: Tensor, present_K: Tensor) -> Tensor:
     """Return λ_k = (S − n_k)/((K − 1)·S) over the present tasks; uniform if all norms are 0 or only one is there."""
-    total = norms_K.sum()
+    count = len(norms_K)
     # The others' norms are summed, not subtracted from S: one norm may be all of S to rounding.
-    others_K = norms_K.expand(len(norms_K), -1).clone().fill_diagonal_(0.0).sum(dim=1)
-    if is_everyone(present_K) and len(norms_K) > 1:
-        return torch.where(total > 0, others_K / ((len(norms_K) - 1) * total), 1.0 / len(norms_K))
-    present = present_K.sum()
+    others_K = (norms_K * _all_but_one(count, norms_K.dtype, norms_K.device)).sum(dim=1)
+    if is_everyone(present_K) and count > 1:
+        return (others_K / others_K.sum()).nan_to_num_(nan=1.0 / count)  # the others' norms sum to (K − 1)·S
+    present, total = present_K.sum(), norms_K.sum()
     raw_K = present_K * others_K / ((present - 1).clamp(min=1) * total)
     return torch.where((total > 0) & (present > 1), raw_K, present_K / present)
+
+
+@cache
+def _all_but_one(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (K, K) ones with a diagonal of zeros."""
+    with torch.inference_mode(False):
+        return 1.0 - torch.eye(count, dtype=dtype, device=device)

@@ -9,23 +9,20 @@ gradient, and one product is delivered, (Σ w_k·D_k)ᵀX.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from mtlbalance.balancers.graph import Node
+from mtlbalance.balancers.graph import PRODUCTS, Node
 
-# By the node's name: where the transposed weight comes in, and the name under which X is saved.
-_PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 _SMALLEST_GAIN = 2**22  # multiplications to be spared: fewer take no longer than the bookkeeping
 _UNKNOWN = object()
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """A linear layer in the graph of the losses.
 
     Args:
@@ -46,23 +43,35 @@ class Layer:
                     row[position] = triangle @ factor
 
 
-def ghost_layers(tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> dict[int, Layer]:
+def ghost_layers(
+    tensors: Sequence[Tensor], losses: Sequence[Tensor], products: Iterable[Node] | None = None
+) -> dict[int, Layer]:
     """Return, by position among ``tensors``, the weights whose gradients are cheaper as factors.
 
     Those are float32 weights on a CPU that one linear layer uses, once, and whose inputs autograd keeps as they are:
     not recomputed (checkpointing), not moved elsewhere. The gradients of all others are made.
+
+    Args:
+        tensors: what is differentiated.
+        losses: the losses of the present tasks.
+        products: the nodes of the linear layers below the losses, if they were looked up already.
     """
     tasks = len(losses)
     wide = {id(tensor): position for position, tensor in enumerate(tensors) if _may_pay(tensor, tasks)}
     if not wide:
         return {}
+    if products is not None:  # nearly always there are too many rows, which is found out here and not by a walk
+        rows = {_rows_of(node) for node in products}
+        shapes = {tensors[position].shape for position in wide.values()}
+        if not any(_pays(number, shape, tasks) for number in rows for shape in shapes):
+            return {}
     found: dict[int, Layer] = {}
     users = _users(losses)
     for node in users:
-        if type(node).__name__ not in _PRODUCTS:
+        if type(node).__name__ not in PRODUCTS:
             continue
         weight = _weight_of(node, users)
-        if weight is None or id(weight) not in wide or not _pays(_rows_of(node), weight, tasks):
+        if weight is None or id(weight) not in wide or not _pays(_rows_of(node), weight.shape, tasks):
             continue
         inputs = _inputs_of(node)
         if inputs is not None:
@@ -72,22 +81,24 @@ def ghost_layers(tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> dict[in
 
 def _may_pay(tensor: Tensor, tasks: int) -> bool:
     """Return whether the gradient of ``tensor`` is cheaper as factors for some number of rows."""
-    if not (_is_plain(tensor) and tensor.is_leaf and tensor.dim() == 2 and tensor.dtype == torch.float32):
-        return False
     # On other devices the factorisation was never measured.
-    return tensor.device.type == "cpu" and _pays(_most_rows(tensor, tasks), tensor, tasks)
+    if tensor.dim() != 2 or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        return False
+    return (
+        _pays(_most_rows(tensor.shape, tasks), tensor.shape, tasks) and tensor.is_leaf and _is_plain(tensor)
+    )
 
 
-def _pays(rows: int, weight: Tensor, tasks: int) -> bool:
+def _pays(rows: int, shape: torch.Size, tasks: int) -> bool:
     """Return whether factors are clearly cheaper: K − 1 products are spared, for R and K products R·D."""
-    spared = (tasks - 1) * rows * weight.numel()
-    return rows <= _most_rows(weight, tasks) and spared >= _SMALLEST_GAIN
+    spared = (tasks - 1) * rows * shape.numel()
+    return rows <= _most_rows(shape, tasks) and spared >= _SMALLEST_GAIN
 
 
-def _most_rows(weight: Tensor, tasks: int) -> int:
+def _most_rows(shape: torch.Size, tasks: int) -> int:
     """Return N up to which N²·(2·d_in + K·d_out) is at most three quarters of (K − 1)·N·d_in·d_out."""
-    outputs, inputs = weight.shape
-    return 3 * (tasks - 1) * weight.numel() // max(1, 4 * (2 * inputs + tasks * outputs))
+    outputs, inputs = shape
+    return 3 * (tasks - 1) * outputs * inputs // max(1, 4 * (2 * inputs + tasks * outputs))
 
 
 def _users(losses: Sequence[Tensor]) -> dict[Node, int]:
@@ -106,13 +117,13 @@ def _users(losses: Sequence[Tensor]) -> dict[Node, int]:
 
 def _rows_of(node: Node) -> int:
     """Return N, without asking for X itself."""
-    _, name = _PRODUCTS[type(node).__name__]
+    _, name = PRODUCTS[type(node).__name__]
     return int(getattr(node, f"_saved_{name}_sym_sizes")[0])
 
 
 def _weight_of(node: Node, users: dict[Node, int]) -> Tensor | None:
     """Return the leaf by whose transpose this node multiplies, if nothing else uses it."""
-    right, _ = _PRODUCTS[type(node).__name__]
+    right, _ = PRODUCTS[type(node).__name__]
     transposed = node.next_functions[right][0]
     if type(transposed).__name__ != "TBackward0" or users[transposed] != 1:
         return None
@@ -125,7 +136,7 @@ def _weight_of(node: Node, users: dict[Node, int]) -> Tensor | None:
 
 def _inputs_of(node: Node) -> Tensor | None:
     """Return the X that was saved for the weight's gradient, or None if it is not simply there."""
-    _, name = _PRODUCTS[type(node).__name__]
+    _, name = PRODUCTS[type(node).__name__]
     if getattr(node, "_saved_alpha", 1) != 1:
         return None
     if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", _UNKNOWN) is not None:

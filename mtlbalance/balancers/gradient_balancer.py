@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from mtlbalance.balancers.base import Balancer, Call, Reads, Sync
 from mtlbalance.balancers.checks import integer, one_of
 from mtlbalance.balancers.delivery import GradientSum
-from mtlbalance.balancers.ghost import ghost_layers
+from mtlbalance.balancers.ghost import Layer, ghost_layers
 from mtlbalance.balancers.graph import (
+    Reach,
     casts_to_half,
     come_for_free,
     has_static_graph,
@@ -25,7 +25,7 @@ from mtlbalance.balancers.graph import (
 from mtlbalance.balancers.one_at_a_time import OneAtATime
 from mtlbalance.balancers.presence import all_finite, both
 from mtlbalance.balancers.probe import Plan, Probe
-from mtlbalance.balancers.probe_scale import ProbeScale
+from mtlbalance.balancers.probe_scale import ProbeScale, autocast_dtype
 from mtlbalance.balancers.shared import (
     discover_shared,
     hidden_heads,
@@ -117,7 +117,7 @@ class GradientBalancer(Balancer):
         if self.calls == 0:
             _refuse_static_graph(call)
         if isinstance(call.shared_params, Iterator):  # it may be read twice
-            call = replace(call, shared_params=list(call.shared_params))
+            call = call._replace(shared_params=list(call.shared_params))
         if (
             call.shared_params is None
             and len(call.losses) == 1
@@ -135,19 +135,17 @@ class GradientBalancer(Balancer):
         """Measure, weigh and deliver."""
         plan = self._plan(call, self._shared(call))
         if self.delivery == "low_memory":
-            return self._by_weighted_sum(replace(call, signals=self._read_one_at_a_time(call, plan)))
-        if self.reads_products and call.ranks is None:  # ranks average the gradients themselves
-            plan = replace(plan, layers=ghost_layers(plan.shared, list(call.losses.values())))
+            return self._by_weighted_sum(call._replace(signals=self._read_one_at_a_time(call, plan)))
         probe = self._probe(call, plan)
-        call = replace(call, signals=self._read(call, probe))
+        signals = self._read(call, probe)
         if not plan.direct:
-            return self._by_weighted_sum(call)
-        return self._deliver(call, probe, self._apply_weights(call.signals))
+            return self._by_weighted_sum(call._replace(signals=signals))
+        return self._deliver(call, probe, self._apply_weights(signals))
 
     def _read(self, call: Call, probe: Probe) -> Signals:
         """Turn what was probed into what the method weighs."""
         norms_K = self._norms(call, probe)
-        return replace(call.signals, grad_norms_K=norms_K, finite=self._finite(call, probe, norms_K))
+        return call.signals._replace(grad_norms_K=norms_K, finite=self._finite(call, probe, norms_K))
 
     def _read_one_at_a_time(self, call: Call, plan: Plan) -> Signals:
         """Turn gradients that are not kept into what the method weighs."""
@@ -168,7 +166,7 @@ class GradientBalancer(Balancer):
         norms_K = torch.hypot(leaf_K, features_K)
         if call.ranks is not None and call.counts_K is not None and self.sync == "norms":
             norms_K = call.ranks.mean_norms(norms_K, call.counts_K)
-        return replace(call.signals, grad_norms_K=norms_K, finite=self._finite(call, probe, norms_K))
+        return call.signals._replace(grad_norms_K=norms_K, finite=self._finite(call, probe, norms_K))
 
     def _finite(self, call: Call, probe: Probe, measured_K: Tensor) -> Tensor:
         """Return whether losses and what was measured are finite, and let the probe scale learn from it."""
@@ -213,22 +211,34 @@ class GradientBalancer(Balancer):
 
     def _plan(self, call: Call, shared: list[Tensor]) -> Plan:
         """Decide on the delivery, and list what direct delivery must cover beside ``shared``."""
-        by_weighted_sum = Plan(shared, [], {index: [] for index in call.losses}, [], direct=False)
         if self.delivery in ("weighted_sum", "low_memory"):
-            return by_weighted_sum
+            return self._plan_by_weighted_sum(call, shared)
         losses = [*call.losses.values(), *call.zeros]
         reach = trace(losses, shared)
         if reach.opaque and not self.scale_heads:
             raise hidden_heads(self.weighted_heads)
         if self.delivery == "auto" and reach.several and not come_for_free(reach.several, losses, shared):
-            return by_weighted_sum
+            return self._plan_by_weighted_sum(call, shared, reach)
         own = dict(zip(call.losses, reach.own, strict=False))  # those of the zeros come last
         others = [*reach.several, *(tensor for tensors in reach.own for tensor in tensors)]
-        waiting = reached(call.zeros, [*shared, *others]) if call.zeros else []
         obstacle = obstacle_to_direct_delivery(shared, others)
         if obstacle and self.delivery == "direct":
             raise InvalidArgumentError(f"delivery='direct' is not possible: {obstacle}; use delivery='auto'")
-        return by_weighted_sum if obstacle else Plan(shared, reach.several, own, waiting, direct=True)
+        if obstacle:
+            return self._plan_by_weighted_sum(call, shared, reach)
+        waiting = reached(call.zeros, [*shared, *others]) if call.zeros else []
+        layers = self._layers(call, shared, reach)
+        return Plan(shared, reach.several, own, waiting, direct=True, layers=layers)
+
+    def _plan_by_weighted_sum(self, call: Call, shared: list[Tensor], reach: Reach | None = None) -> Plan:
+        own: dict[int, list[Tensor]] = {index: [] for index in call.losses}
+        return Plan(shared, [], own, [], direct=False, layers=self._layers(call, shared, reach))
+
+    def _layers(self, call: Call, shared: list[Tensor], reach: Reach | None) -> dict[int, Layer]:
+        """Return the layers whose weight gradients are kept as factors."""
+        if not self.reads_products or self.delivery == "low_memory" or call.ranks is not None:
+            return {}  # ranks average the gradients themselves
+        return ghost_layers(shared, list(call.losses.values()), None if reach is None else reach.products)
 
     # ------------------------------------------------------------------ measuring
     def _probe(self, call: Call, plan: Plan) -> Probe:
@@ -272,8 +282,8 @@ class GradientBalancer(Balancer):
             in_shared = any(tensor.dtype == torch.float16 for tensor in shared)
             self._in_half = in_shared or casts_to_half([*call.losses.values(), *call.zeros])
         self._probes += 1
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            self._in_half = self._in_half or torch.get_autocast_dtype(device_type) == torch.float16
+        if not self._in_half and autocast_dtype(device_type) == torch.float16:
+            self._in_half = True
         return self.probe_scale.scales(call.signals.losses_K) if self._in_half else None
 
     def _norms(self, call: Call, probe: Probe) -> Tensor:
@@ -293,21 +303,22 @@ class GradientBalancer(Balancer):
 
     # ------------------------------------------------------------------ handing over
     def _deliver(self, call: Call, probe: Probe, weights_K: Tensor) -> Tensor:
-        plan, local_K = probe.plan, probe.unscaled(call.local_weights(weights_K))
-        averaged_K = probe.unscaled(weights_K)
-        heads_K = (
-            local_K if self.scale_heads else probe.unscaled(call.local_weights(torch.ones_like(weights_K)))
-        )
+        plan = probe.plan
+        local_K = probe.unscaled(call.local_weights(weights_K))
+        averaged_K = local_K if call.ranks is None else probe.unscaled(weights_K)
+        ones_K = None if self.scale_heads else torch.ones_like(weights_K)
+        heads_K = local_K if ones_K is None else probe.unscaled(call.local_weights(ones_K))
         columns = [*plan.shared, *plan.several]
         total = GradientSum()
-        heads_of = heads_K.unbind()
-        for is_averaged, weights_of in ((True, averaged_K.unbind()), (False, local_K.unbind())):
+        positions = total.positions(columns)
+        for is_averaged, columns_K in ((True, averaged_K), (False, local_K)):
             chosen = [column for column, done in enumerate(probe.averaged) if done is is_averaged]
-            tensors = [columns[column] for column in chosen]
-            for index, row in probe.rows.items():
-                total.add(tensors, [row[column] for column in chosen], weights_of[index])
+            if chosen:
+                places = [positions[column] for column in chosen]
+                for index, row in probe.rows.items():
+                    total.add(places, [row[column] for column in chosen], columns_K, index)
         for index, gradients in probe.of_own.items():
-            total.add(plan.own[index], gradients, heads_of[index])
+            total.add(total.positions(plan.own[index]), gradients, heads_K, index)
         for column, layer in plan.layers.items():
             total.through(columns[column], layer.inputs)
         total.reach(plan.waiting)
@@ -328,7 +339,7 @@ class GradientBalancer(Balancer):
             if leaves:
                 with as_if_unseen(leaves):
                     of_own[index] = task_gradients(loss * scales_K[index], leaves, retain_graph=True)
-                total.add(leaves, of_own[index], missing_K[index])
+                total.add(total.positions(leaves), of_own[index], missing_K, index)
         if given_K is not None:
             overflowed_K = _overflowed(call, of_own) & call.signals.finite
             self.probe_scale.update(overflowed_K, overflowed_K)  # the scale grows by measured calls alone

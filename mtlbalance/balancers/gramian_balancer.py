@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -166,7 +165,7 @@ class GramianBalancer(GradientBalancer):
         if probe.scales_K is not None:
             gramian_KK = gramian_KK / torch.outer(probe.scales_K, probe.scales_K).to(gramian_KK)
         finite = both(self._finite(call, probe, gramian_KK.diagonal()), all_finite(gramian_KK))
-        return replace(call.signals, gramian_KK=gramian_KK, finite=finite)
+        return call.signals._replace(gramian_KK=gramian_KK, finite=finite)
 
     def _report(self) -> dict[str, Tensor]:
         return {**super()._report(), "raw": self.solved_weights, "grad_norm": self.grad_norms}

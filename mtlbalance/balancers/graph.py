@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,24 @@ Edge: TypeAlias = tuple[Node, int]
 _PASS_THROUGH = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # Nodes that truly mix all outputs of a model with all its parameters, heads included.
 _OPAQUE = ("CompiledFunctionBackward", "BroadcastBackward")
+# A linear layer multiplies by its transposed weight: where that comes in, and the name under which its input is saved.
+PRODUCTS = {"AddmmBackward0": (2, "mat1"), "MmBackward0": (1, "self")}
 
 
-@dataclass(frozen=True)
-class Reach:
+class Reach(NamedTuple):
     """What losses reach without passing through the shared tensors.
 
     Args:
         own: for each loss, the leaves that no other loss reaches (its head, its criterion).
         several: the other leaves, those that two or more losses reach.
         opaque: whether some of ``several`` hang on a node that hides who reaches them (a compiled model).
+        products: the nodes of linear layers.
     """
 
     own: list[list[Tensor]]
     several: list[Tensor]
     opaque: bool
+    products: list[Node]
 
 
 @dataclass
@@ -80,42 +83,76 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
     """Walk the graphs of the losses down to their leaves, stopping at ``shared``.
 
     Each node is visited at most twice, whatever the number of losses: once by the first loss that
-    reaches it, and once more if it lies below a node where two losses meet.
+    reaches it, and once more if it lies below a node where two losses meet. Nearly all of the time goes
+    into asking nodes for what lies below them, so that is done once.
     """
     stops = _edges_of(shared)
+    below_of: dict[Node, Sequence[Edge]] = {}
     first_by: dict[Node, int] = {}
-    meetings: set[Node] = set()
+    meetings: dict[Node, None] = {}
+    leaf_nodes: list[Node] = []
+    products: list[Node] = []
     for index, loss in enumerate(losses):
         pending = [_edge(loss)]
         while pending:
             edge = pending.pop()
-            node, number = edge
+            node = edge[0]
             if node is None or (stops and edge in stops):
                 continue
             first = first_by.get(node)
             if first is not None:
                 if first != index:
-                    meetings.add(node)
-            elif _passes(node):
-                pending.append(node.next_functions[number])
-            else:
-                first_by[node] = index
-                pending += node.next_functions
-    below = Walk(stops)
-    below.nodes |= meetings
-    below.down(edge for node in meetings for edge in node.next_functions)
+                    meetings[node] = None
+                continue
+            name = type(node).__name__
+            if name in _PASS_THROUGH:
+                pending.append(node.next_functions[edge[1]])
+                continue
+            first_by[node] = index
+            if name == "AccumulateGrad":
+                leaf_nodes.append(node)
+                continue
+            below_of[node] = below = node.next_functions
+            pending += below
+            if name in PRODUCTS:
+                products.append(node)
+    met = _descendants(meetings, below_of, first_by, stops)
     shared_ids = {id(tensor) for tensor in shared}
-    several = {id(leaf): leaf for leaf in below.leaves() if id(leaf) not in shared_ids}
     own: list[list[Tensor]] = [[] for _ in losses]
-    for node, index in first_by.items():
-        leaf = _leaf(node)
-        if leaf is not None and id(leaf) not in shared_ids and id(leaf) not in several:
-            own[index].append(leaf)
+    several: list[Tensor] = []
+    for node in leaf_nodes:
+        leaf: Tensor = node.variable
+        if (
+            leaf.requires_grad and id(leaf) not in shared_ids
+        ):  # frozen after the forward pass: no leaf any more
+            (several if node in met else own[first_by[node]]).append(leaf)
     for index, loss in enumerate(losses):
         if loss.is_leaf and loss.requires_grad and id(loss) not in shared_ids:
             own[index].append(loss)  # a loss that is itself a parameter
-    opaque = bool(several) and any(type(node).__name__ in _OPAQUE for node in below.nodes)
-    return Reach(own, list(several.values()), opaque)
+    opaque = bool(several) and any(type(node).__name__ in _OPAQUE for node in met)
+    return Reach(own, several, opaque, products)
+
+
+def _descendants(
+    nodes: Iterable[Node],
+    below_of: Mapping[Node, Sequence[Edge]],
+    known: Container[Node],
+    stops: frozenset[Edge],
+) -> set[Node]:
+    """Return ``nodes`` and all below them, as far as the stops allow; what is not known passes gradients on."""
+    found = set(nodes)
+    pending = [edge for node in found for edge in below_of.get(node, ())]
+    while pending:
+        edge = pending.pop()
+        node = edge[0]
+        if node is None or node in found or (stops and edge in stops):
+            continue
+        if node in known:
+            found.add(node)
+            pending += below_of.get(node, ())
+        else:
+            pending.append(node.next_functions[edge[1]])
+    return found
 
 
 def reaches(loss: Tensor, tensors: Sequence[Tensor]) -> bool:

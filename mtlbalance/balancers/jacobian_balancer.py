@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -106,7 +105,7 @@ class JacobianBalancer(GradientBalancer):
 
     # ------------------------------------------------------------------ the call
     def _apply_weights(self, signals: Signals) -> Tensor:
-        return super()._apply_weights(replace(signals, finite=self.usable(signals)))
+        return super()._apply_weights(signals._replace(finite=self.usable(signals)))
 
     def _plan(self, call: Call, shared: list[Tensor]) -> Plan:
         reach = trace([*call.losses.values(), *call.zeros], shared)
@@ -136,8 +135,8 @@ class JacobianBalancer(GradientBalancer):
             combination = self.combination(call, layout)
             norms_K, touched = self._feed(call, probe, layout, combination)
             finite = self._finite(call, probe, norms_K)
-            signals = replace(call.signals, grad_norms_K=norms_K, finite=finite)
-            signals = replace(signals, finite=self.usable(signals))
+            signals = call.signals._replace(grad_norms_K=norms_K, finite=finite)
+            signals = signals._replace(finite=self.usable(signals))
             combined_P = combination.combine(signals)
             weights_K = self._apply_weights(signals)
         del combination
@@ -147,11 +146,11 @@ class JacobianBalancer(GradientBalancer):
         pairs = zip(layout.tensors, layout.unflatten(combined_P), strict=True)
         parts = [part if call.ranks is not None or id(tensor) in touched else None for tensor, part in pairs]
         total = GradientSum()
-        total.add(layout.tensors, parts, one_K[0])
+        total.add(total.positions(layout.tensors), parts, one_K, 0)
         del combined_P, parts
         for index, row in probe.rows.items():
-            total.add(plan.several, row[len(plan.shared) :], several_K[index])
-            total.add(plan.own[index], probe.of_own[index], heads_K[index])
+            total.add(total.positions(plan.several), row[len(plan.shared) :], several_K, index)
+            total.add(total.positions(plan.own[index]), probe.of_own[index], heads_K, index)
         total.reach(plan.waiting)
         return total.deliver(self._value(call, weights_K), keep=call.retain_graph)
 

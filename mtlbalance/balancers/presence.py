@@ -12,22 +12,28 @@ import math
 import torch
 from torch import Tensor
 
-_EVERYONE: dict[tuple[int, torch.device], Tensor] = {}
+_TRUE: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+_CPU = torch.device("cpu")
 _READ_AT_MOST = 64  # numbers looked at on the host, one by one
+
+
+def _always(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the one tensor of that shape that is True everywhere."""
+    mask = _TRUE.get((shape, device))
+    if mask is None or mask._version:  # someone wrote into it: it means something else now
+        with torch.inference_mode(False):
+            mask = _TRUE[shape, device] = torch.ones(shape, dtype=torch.bool, device=device)
+    return mask
 
 
 def everyone(count: int, device: torch.device) -> Tensor:
     """Return the (K,) mask of a call that has every task."""
-    mask_K = _EVERYONE.get((count, device))
-    if mask_K is None or mask_K._version:  # someone wrote into it: it means something else now
-        with torch.inference_mode(False):
-            mask_K = _EVERYONE[count, device] = torch.ones(count, dtype=torch.bool, device=device)
-    return mask_K
+    return _always((count,), device)
 
 
 def is_everyone(mask_K: Tensor) -> bool:
     """Return whether the host knows that all K entries are True; False says nothing."""
-    return mask_K is _EVERYONE.get((len(mask_K), mask_K.device)) and not mask_K._version
+    return mask_K is _TRUE.get((mask_K.shape, mask_K.device)) and not mask_K._version
 
 
 def known_finite(values: Tensor) -> bool:
@@ -39,7 +45,7 @@ def known_finite(values: Tensor) -> bool:
 
 def all_finite(values: Tensor) -> Tensor:
     """Return whether all values are finite as a 0-d bool on their device, without waiting for it."""
-    return torch.tensor(True, device="cpu") if known_finite(values) else torch.isfinite(values).all()
+    return _always((), _CPU) if known_finite(values) else torch.isfinite(values).all()
 
 
 def is_true(condition: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -11,9 +11,10 @@ from torch.autograd.graph import GradientEdge
 from mtlbalance.balancers.ghost import Layer
 from mtlbalance.balancers.signals import Gradients
 
+_NO_LAYERS: Mapping[int, Layer] = {}
 
-@dataclass(frozen=True)
-class Plan:
+
+class Plan(NamedTuple):
     """What is differentiated in one call.
 
     Args:
@@ -30,7 +31,7 @@ class Plan:
     own: dict[int, list[Tensor]]
     waiting: list[Tensor]
     direct: bool
-    layers: dict[int, Layer] = field(default_factory=dict)
+    layers: Mapping[int, Layer] = _NO_LAYERS
 
     def all(self) -> list[Tensor]:
         """Return every tensor that some task is differentiated by."""
@@ -44,8 +45,7 @@ class Plan:
         return ends
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """The gradients measured in one call.
 
     Args:
@@ -68,8 +68,16 @@ class Probe:
 
         In place of the gradients of ``plan.layers`` there are smaller matrices of the same norms and inner products.
         """
-        chosen = [c for c in range(len(self.plan.shared)) if averaged is None or self.averaged[c] is averaged]
-        rows = [[self.rows[task][c] for c in chosen] if task in self.rows else [] for task in range(count)]
+        width = len(self.plan.shared)
+        if averaged is None:
+            chosen: Sequence[int] = range(width)
+            rows = [self.rows[task][:width] if task in self.rows else [] for task in range(count)]
+        else:
+            chosen = [column for column in range(width) if self.averaged[column] is averaged]
+            rows = [
+                [self.rows[task][column] for column in chosen] if task in self.rows else []
+                for task in range(count)
+            ]
         for column, layer in self.plan.layers.items():
             if column in chosen:
                 layer.shrink(rows, chosen.index(column))

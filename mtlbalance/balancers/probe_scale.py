@@ -6,6 +6,8 @@ gradients of a loss of 1e-5 would be exactly zero in float16, and read as a task
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,16 @@ INITIAL_EXPONENT = 12.0
 LARGEST_EXPONENT = 24.0
 GROWTH_INTERVAL = 200  # finite probes before the scale doubles
 BACKOFF = 4.0  # an overflow costs a step, so few of them should find the right scale
+
+
+_may_autocast = cache(torch.amp.is_autocast_available)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype that autocast computes in right now on such devices, None where it is off."""
+    if not (_may_autocast(device_type) and torch.is_autocast_enabled(device_type)):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def half_scale(losses: Tensor, exponent: Tensor | float = INITIAL_EXPONENT) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 Gradients = list[Tensor | None]  # one a tensor that was differentiated; None where the loss does not reach it
 
 
-@dataclass(frozen=True)
-class Signals:
+class Signals(NamedTuple):
     """What a balancer weighs. All tensors are detached, on the losses' device, with K entries in task order.
 
     Args:
@@ -92,14 +90,30 @@ def gradient_norm(gradients: Gradients, device: torch.device) -> Tensor:
 
 def gradient_norms(rows: Sequence[Gradients], device: torch.device) -> Tensor:
     """Return (K,) `gradient_norm` of K tasks' gradients, in three operations if they have the same tensors."""
-    dense = [[_values(gradient) for gradient in row if gradient is not None] for row in rows]
-    flat = [values for row in dense for values in row]
-    counts = {len(row) for row in dense}
-    if len(counts) > 1 or not flat or len({values.device for values in flat}) > 1:
+    dense = [[gradient for gradient in row if gradient is not None] for row in rows]
+    flat = [gradient for row in dense for gradient in row]
+    kind = common_kind(flat)
+    if kind is None or not kind.dtype.is_floating_point or len({len(row) for row in dense}) > 1:
         return torch.stack([gradient_norm(row, device) for row in rows])
-    norms = torch.stack(torch._foreach_norm(flat, 2.0, dtype=_norm_dtype(flat))).to(device)
+    norms = torch.stack(torch._foreach_norm(flat, 2.0, dtype=_norm_dtype(flat[:1])))
     joint_K: Tensor = torch.linalg.vector_norm(norms.view(len(rows), -1), dim=1)
-    return joint_K
+    return joint_K if kind.device == device else joint_K.to(device)
+
+
+class Kind(NamedTuple):
+    """What plain tensors have in common that one operation may take together."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def common_kind(tensors: Sequence[Tensor]) -> Kind | None:
+    """Return the dtype and device of plain dense tensors that all have the same, else None."""
+    kinds = {(tensor.dtype, tensor.device, tensor.layout, type(tensor)) for tensor in tensors}
+    if len(kinds) != 1:
+        return None
+    dtype, device, layout, cls = kinds.pop()
+    return Kind(dtype, device) if layout == torch.strided and cls is Tensor else None
 
 
 def task_gradient_norms(
