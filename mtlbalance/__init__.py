@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mtlbalance.balancers.grad_drop import GradDropLoss
     from mtlbalance.balancers.gradnorm import GradNormLoss
     from mtlbalance.balancers.gradvac import GradVacLoss
+    from mtlbalance.balancers.graphed_step import GraphedStep
     from mtlbalance.balancers.imtl_g import IMTLGLoss
     from mtlbalance.balancers.imtl_l import IMTLLLoss
     from mtlbalance.balancers.krum import KrumLoss
@@ -74,6 +75,7 @@ __all__ = [
     "GradDropLoss",
     "GradNormLoss",
     "GradVacLoss",
+    "GraphedStep",
     "IMTLGLoss",
     "IMTLLLoss",
     "KrumLoss",
@@ -120,6 +122,7 @@ _HOME = {
     "GradDropLoss": "mtlbalance.balancers.grad_drop",
     "GradNormLoss": "mtlbalance.balancers.gradnorm",
     "GradVacLoss": "mtlbalance.balancers.gradvac",
+    "GraphedStep": "mtlbalance.balancers.graphed_step",
     "IMTLGLoss": "mtlbalance.balancers.imtl_g",
     "IMTLLLoss": "mtlbalance.balancers.imtl_l",
     "KrumLoss": "mtlbalance.balancers.krum",

@@ -29,6 +29,10 @@ class GraphConsumedError(BalancerError, RuntimeError):
     """A balanced loss was differentiated when its gradients were delivered already, or what they need had changed."""
 
 
+class CaptureError(BalancerError, RuntimeError):
+    """A training step cannot be captured in a CUDA graph."""
+
+
 class StateMismatchError(BalancerError, RuntimeError):
     """A saved balancer state belongs to other tasks or to another method."""
 
@@ -39,6 +43,10 @@ class NonFiniteWarning(UserWarning):
 
 class UntrainedWeightsWarning(UserWarning):
     """A balancer's own parameters do not change: no optimizer has them."""
+
+
+class RecapturedWarning(UserWarning):
+    """CUDA graphs were dropped because a constant of theirs changed; they are captured anew."""
 
 
 class ConfigError(MtlBalanceError):

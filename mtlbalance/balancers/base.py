@@ -118,7 +118,6 @@ class Balancer(TaskState, ABC):
 
     applied_weights: Tensor
     nonfinite_calls: Tensor
-    _counters: ClassVar[tuple[str, ...]] = ("calls",)
 
     def __init__(self, tasks: Sequence[str], *, sync: Sync = "gradients", process_group: Any = None) -> None:
         super().__init__()
@@ -161,6 +160,11 @@ class Balancer(TaskState, ABC):
     def get_name(self) -> str:
         """Return the method's name, such as ``GABA`` or ``Fixed(0.50/0.50)``."""
         return self.method
+
+    def obstacle_to_graphs(self) -> str:
+        """Say why a training call cannot be captured in a CUDA graph, or return an empty string."""
+        solves = "it copies numbers of its gradients to the host, and finds the weights there"
+        return solves if self.copies_to_host else super().obstacle_to_graphs()
 
     # ------------------------------------------------------------------ the call
     def forward(

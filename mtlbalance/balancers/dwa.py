@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -87,6 +87,10 @@ class DWALoss(Balancer):
         self.register_buffer("means_1", torch.full((count,), math.nan))
         self.register_buffer("means_2", torch.full((count,), math.nan))
         self.applied_weights.fill_(1.0)
+
+    def phase(self) -> tuple[Hashable, ...]:
+        """Return whether the next call closes an epoch."""
+        return (*super().phase(), self.calls_in_epoch + 1 == self.steps_per_epoch)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Add the losses to the epoch's means, and apply the weights of the epochs before."""

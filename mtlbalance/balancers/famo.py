@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -116,6 +116,10 @@ class FAMOLoss(Balancer):
     def get_name(self) -> str:
         """Return ``FAMO``, or ``FAMO(next batch)`` while ``update`` has not been called."""
         return self.method if self.updates else f"{self.method}(next batch)"
+
+    def phase(self) -> tuple[Hashable, ...]:
+        """Return what all methods do: ``updates`` decides on the name alone."""
+        return super().phase()
 
     def _apply_weights(self, signals: Signals) -> Tensor:
         finite = self._usable(signals.losses_K, signals.present_K, signals.finite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -102,6 +102,13 @@ class GABALoss(GradientBalancer):
         self.register_buffer("ema_weights", torch.full((count,), 1.0 / count))
         self.register_buffer("raw_weights", torch.full((count,), math.nan))
         self.register_buffer("grad_norms", torch.full((count,), math.nan))
+
+    def phase(self) -> tuple[Hashable, ...]:
+        """Return also, for a call that measures, the calls since the last measurement; 0 in warm-up."""
+        if not self.measures_now():
+            return super().phase()
+        waited = 0 if self.calls < self.warmup_steps else self.calls - self.measured_at
+        return (*super().phase(), waited)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Move the smoothed weights by what was measured, if anything, and apply them with their floor."""

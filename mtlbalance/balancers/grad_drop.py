@@ -86,6 +86,10 @@ class GradDropLoss(JacobianBalancer):
         self.leaks = _leaks(leak, self.tasks)
         self.seed = integer(seed, "seed", 0)
 
+    def obstacle_to_graphs(self) -> str:
+        """Say that the draws of a graph would be the same in every replay."""
+        return super().obstacle_to_graphs() or "the host seeds its draws anew for every call"
+
     def combination(self, call: Call, layout: Layout) -> Combination:
         """Return the sums of positive and negative gradients."""
         ranks = call.ranks if self.sync == "gradients" else None

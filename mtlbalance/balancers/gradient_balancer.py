@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -89,6 +89,7 @@ class GradientBalancer(Balancer):
         True  # whether norms and inner products are all it reads of task gradients
     )
     warmup_steps: int = 0
+    _unsaved_counters: ClassVar[tuple[str, ...]] = ("_probes",)
 
     def __init__(
         self,
@@ -110,6 +111,15 @@ class GradientBalancer(Balancer):
     def measures_now(self) -> bool:
         """Return whether the next call measures: every N-th, counted from the end of warm-up."""
         return (self.calls - self.warmup_steps) % self.update_every == 0
+
+    def phase(self) -> tuple[Hashable, ...]:
+        """Return whether the next call measures."""
+        return (*super().phase(), self.measures_now())
+
+    def obstacle_to_graphs(self) -> str:
+        """Say why a call cannot be captured: also where float16 is in play, whose GradScaler decides on the host."""
+        in_half = "float16 is in play, and its GradScaler decides on the host; use bfloat16"
+        return super().obstacle_to_graphs() or (in_half if self._in_half else "")
 
     def _train_call(self, call: Call) -> Tensor:
         if call.shared_params is None and call.model is None:

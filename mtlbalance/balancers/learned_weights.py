@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ class LearnedWeights(ObjectiveBalancer):
     """
 
     free_alone: ClassVar[bool] = True
+    _unsaved_counters: ClassVar[tuple[str, ...]] = ("_calls_since_look",)
 
     log_scales: nn.Parameter
     _log_scales_before: Tensor
@@ -53,6 +54,10 @@ class LearnedWeights(ObjectiveBalancer):
         self.register_buffer("_log_scales_before", torch.zeros(len(self.tasks)), persistent=False)
         self._calls_since_look = 0
         self._warned_untrained = False
+
+    def phase(self) -> tuple[Hashable, ...]:
+        """Return whether the next call notes s, to see later whether it has moved."""
+        return (*super().phase(), self._calls_since_look == 0)
 
     def _train_call(self, call: Call) -> Tensor:
         self._count_call()

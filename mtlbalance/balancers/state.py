@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -36,15 +36,50 @@ class TaskState(FullPrecision):
     0-d tensors; a CPU buffer in a CUDA model would break the broadcasts of DistributedDataParallel.
     """
 
-    _counters: ClassVar[tuple[str, ...]] = ()
+    _counters: ClassVar[tuple[str, ...]] = ("calls",)
+    _unsaved_counters: ClassVar[tuple[str, ...]] = ()  # they decide when to look or to warn, no number
 
     tasks: tuple[str, ...]
+    calls: int
     generator: torch.Generator | None = None  # on the CPU, for methods that draw
 
     @property
     def task_names(self) -> Tensor:
         """The names as they are saved: UTF-8 bytes, separated by zeros."""
         return torch.tensor(list("\0".join(self.tasks).encode()), dtype=torch.uint8, device="cpu")
+
+    def phase(self) -> tuple[Hashable, ...]:
+        """Return what the next training call decides on the host's counters.
+
+        Calls of one phase issue the same operations, constants included, and move the counters by as much, so that a
+        CUDA graph of one stands for the others (`GraphedStep`). A class whose calls depend on ``calls``, or on counters
+        of its own, adds here what they decide.
+        """
+        return ()
+
+    def obstacle_to_graphs(self) -> str:
+        """Say why what the host decides keeps a training call off CUDA graphs, or return an empty string."""
+        if self.generator is not None:
+            return "it draws its weights on the host"
+        counts, says = (
+            next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ("_counters", "phase")
+        )
+        if not issubclass(says, counts):
+            return f"{counts.__name__} has counters of its own, and no phase() that says what they decide"
+        return ""
+
+    def host_counters(self) -> dict[str, int]:
+        """Return the counters that are kept on the host, by name."""
+        return {name: getattr(self, name) for name in (*self._counters, *self._unsaved_counters)}
+
+    def counters_since(self, before: Mapping[str, int]) -> dict[str, int]:
+        """Return how far each counter has moved since ``host_counters`` returned ``before``."""
+        return {name: value - before[name] for name, value in self.host_counters().items()}
+
+    def move_counters(self, by: Mapping[str, int]) -> None:
+        """Move counters by what ``counters_since`` returned for another call of the same phase."""
+        for name, change in by.items():
+            setattr(self, name, getattr(self, name) + change)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -220,12 +220,21 @@ class DrawsGlobally(InverseLoss):
         return 1.0 + 0.0 * self.noise
 
 
-@breaks("a_step_waits_for_nothing")
+@breaks("a_step_waits_for_nothing", "calls_of_a_phase_are_alike")
 class WaitsForTheDevice(InverseLoss):
     def weigh(self, signals):
         if signals.losses_K.sum().item() > 1e30:
             return self.current_weights(signals.present_K)
         return super().weigh(signals)
+
+
+@breaks("calls_of_a_phase_are_alike")
+class LearnsFasterLater(InverseLoss):
+    """Has a constant that depends on the number of calls, and does not say so by phase()."""
+
+    @property
+    def beta(self):
+        return 0.9 if self.calls < 5 else 0.8
 
 
 # ---------------------------------------------------------------------- the weights
@@ -319,7 +328,7 @@ class ForgetsItsMeans(InverseLoss):
         self.register_buffer("means", self.means, persistent=False)
 
 
-@breaks("state_continues_bit_for_bit", "the_first_call_may_be_bad")
+@breaks("state_continues_bit_for_bit", "the_first_call_may_be_bad", "calls_of_a_phase_are_alike")
 class ForgetsItsSteps(InverseLoss):
     steps = 0
 

@@ -6,13 +6,19 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mtlbalance.plugins.registrations import BalancerRegistration
-from mtlbalance.testing.balancers import absent, calls, gradients, nonfinite, state, weights
+from mtlbalance.testing.balancers import absent, calls, gradients, nonfinite, phases, state, weights
 from mtlbalance.testing.balancers.case import BalancerCase
 from mtlbalance.testing.balancers.registered import registered_balancer
 from mtlbalance.testing.checks import Checks, Report
 
 BALANCER_CHECKS: Checks[BalancerCase] = Checks(
-    calls.CHECKS, weights.CHECKS, absent.CHECKS, gradients.CHECKS, nonfinite.CHECKS, state.CHECKS
+    calls.CHECKS,
+    weights.CHECKS,
+    absent.CHECKS,
+    gradients.CHECKS,
+    nonfinite.CHECKS,
+    state.CHECKS,
+    phases.CHECKS,
 )
 
 __all__ = ["BALANCER_CHECKS", "BalancerCase", "check_balancer", "registered_balancer"]
