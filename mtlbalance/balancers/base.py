@@ -70,6 +70,14 @@ class Call(NamedTuple):
             return dot(self.stacked_K, local_K)
         return weighted_sum(self.losses, local_K, self.zeros)
 
+    def slopes(self, weights_K: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what Σ w_k·L_k depends on, each with its derivative: the weights, as ranks will average gradients."""
+        local_K = self.local_weights(weights_K)
+        if self.stacked_K is not None and not self.zeros:
+            return [(self.stacked_K, local_K.to(self.stacked_K.dtype))]
+        found = [(loss, local_K[index].to(loss.device, loss.dtype)) for index, loss in self.losses.items()]
+        return found + [(zero, torch.ones_like(zero)) for zero in self.zeros]
+
     def value(self, weights_K: Tensor) -> Tensor:
         """Return Σ w_k·L_k on this rank, detached."""
         return dot(weights_K, self.losses_K)

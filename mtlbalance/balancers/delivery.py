@@ -21,8 +21,10 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def dot(values_K: Tensor, weights_K: Tensor) -> Tensor:
     """Return Σ v_k·w_k of detached or differentiable numbers as a 0-d tensor, in one operation."""
-    dtype = torch.promote_types(values_K.dtype, weights_K.dtype)
-    return torch.dot(values_K.to(dtype), weights_K.to(dtype))
+    if values_K.dtype != weights_K.dtype:
+        dtype = torch.promote_types(values_K.dtype, weights_K.dtype)
+        values_K, weights_K = values_K.to(dtype), weights_K.to(dtype)
+    return torch.dot(values_K, weights_K)
 
 
 def weighted_sum(losses: Mapping[int, Tensor], weights_K: Tensor, zeros: Sequence[Tensor] = ()) -> Tensor:
@@ -32,6 +34,28 @@ def weighted_sum(losses: Mapping[int, Tensor], weights_K: Tensor, zeros: Sequenc
     for term in terms[1:]:
         total = total + term.to(total.device)
     return total
+
+
+def with_slopes(value: Tensor, slopes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return ``value`` (0-d, detached) as a scalar whose derivative by each tensor is the one given beside it."""
+    tensors = [tensor for tensor, _ in slopes]
+    sloped = _Sloped.apply(value, [slope for _, slope in slopes], *tensors)  # type: ignore[no-untyped-call]
+    assert isinstance(sloped, Tensor)
+    return sloped
+
+
+class _Sloped(torch.autograd.Function):
+    """A number with given derivatives."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor, slopes: list[Tensor], *tensors: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.slopes = slopes  # type: ignore[attr-defined]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(slope * factor.to(slope.device, slope.dtype) for slope in ctx.slopes))
 
 
 class _Term(NamedTuple):

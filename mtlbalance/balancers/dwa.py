@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer, Sync, WeightSum
 from mtlbalance.balancers.checks import integer, real
-from mtlbalance.balancers.presence import choose, moving, softmax_of_present
+from mtlbalance.balancers.presence import choose, is_everyone, moving, softmax_of_present
 from mtlbalance.balancers.signals import Signals
 
 _LARGEST_RATIO = 1e6
@@ -97,8 +97,9 @@ class DWALoss(Balancer):
         weights_K = self.current_weights(signals.present_K)
         moves_K = moving(signals.present_K, signals.finite)
         self.epoch_counts += moves_K
-        change_K = (signals.losses_K - self.epoch_means) / self.epoch_counts.clamp(min=1.0)
-        self.epoch_means.copy_(choose(moves_K, self.epoch_means + change_K, self.epoch_means))
+        counts_K = self.epoch_counts if is_everyone(moves_K) else self.epoch_counts.clamp(min=1.0)
+        means_K = torch.addcdiv(self.epoch_means, signals.losses_K - self.epoch_means, counts_K)
+        self.epoch_means.copy_(choose(moves_K, means_K, self.epoch_means))
         self.calls_in_epoch += 1
         if self.calls_in_epoch == self.steps_per_epoch:
             self._roll()
@@ -107,7 +108,7 @@ class DWALoss(Balancer):
     def current_weights(self, present_K: Tensor) -> Tensor:
         """Return K times the softmax of the present tasks' ratios."""
         ratios_K = (self.means_1 / self.means_2).clamp(max=_LARGEST_RATIO)
-        ratios_K = torch.where(ratios_K.isnan(), 1.0, ratios_K)
+        ratios_K = ratios_K.nan_to_num(nan=1.0, neginf=-math.inf)
         shares_K = softmax_of_present(ratios_K / self.temperature, present_K)
         return len(self.tasks) * shares_K
 

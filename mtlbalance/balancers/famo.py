@@ -187,16 +187,16 @@ class FAMOLoss(Balancer):
         shares_K = choose(moves_K, self._shares(moves_K), 0.0)  # none moves: the softmax is of nothing
         slope_K = shares_K * (fall_K - (shares_K * fall_K).sum()) + self.gamma * self.logits
         beta_1, beta_2 = _BETAS
-        first_K = beta_1 * self.moment_1 + (1.0 - beta_1) * slope_K
-        second_K = beta_2 * self.moment_2 + (1.0 - beta_2) * slope_K.square()
+        first_K = torch.lerp(self.moment_1, slope_K, 1.0 - beta_1)
+        second_K = torch.lerp(self.moment_2, slope_K.square(), 1.0 - beta_2)
         steps_K = self.adam_steps + 1.0
-        size_K = self.lr * first_K / (1.0 - beta_1**steps_K)
-        size_K = size_K / ((second_K / (1.0 - beta_2**steps_K)).sqrt() + _EPSILON)
+        scale_K = (second_K / (1.0 - beta_2**steps_K)).sqrt() + _EPSILON
+        logits_K = torch.addcdiv(self.logits, first_K / (1.0 - beta_1**steps_K), scale_K, value=-self.lr)
         for state, moved_K in (
             (self.moment_1, first_K),
             (self.moment_2, second_K),
             (self.adam_steps, steps_K),
-            (self.logits, self.logits - size_K),
+            (self.logits, logits_K),
         ):
             state.copy_(choose(moves_K, moved_K, state))
 

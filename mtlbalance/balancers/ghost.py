@@ -60,7 +60,9 @@ def ghost_layers(
     wide = {id(tensor): position for position, tensor in enumerate(tensors) if _may_pay(tensor, tasks)}
     if not wide:
         return {}
-    if products is not None:  # nearly always there are too many rows, which is found out here and not by a walk
+    if (
+        products is not None
+    ):  # nearly always there are too many rows, which is found out here and not by a walk
         rows = {_rows_of(node) for node in products}
         shapes = {tensors[position].shape for position in wide.values()}
         if not any(_pays(number, shape, tasks) for number in rows for shape in shapes):

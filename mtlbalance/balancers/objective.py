@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mtlbalance.balancers.base import Balancer, Call, Shows, Sync, WeightSum
-from mtlbalance.balancers.presence import all_finite, both, choose, is_true, known_finite, moving
+from mtlbalance.balancers.delivery import with_slopes
+from mtlbalance.balancers.presence import all_finite, both, choose, is_true, known_finite, moving, only
 from mtlbalance.balancers.signals import Signals
 
 
@@ -63,21 +64,19 @@ class ObjectiveBalancer(Balancer):
 
     def current_weights(self, present_K: Tensor) -> Tensor:
         """Return the last slopes of the present tasks."""
-        return self.last_weights * present_K
+        return only(present_K, self.last_weights.clone())
 
     def _train_call(self, call: Call) -> Tensor:
         learned = [parameter for parameter in self.parameters(recurse=False) if parameter.requires_grad]
         read, slopes_K, slopes = self._slopes(call.signals, learned)
         finite = both(call.signals.finite, all_finite(slopes_K))
         weights_K = self._note(self._move(call.signals, slopes_K, finite), finite)
-        total = call.weighted_sum(weights_K)
-        for parameter, slope in zip(learned, slopes, strict=True):
-            good = slope if is_true(finite) else torch.where(finite, slope, 0.0)
-            total = total + (parameter * good).sum()  # its gradient is the slope
+        if not is_true(finite):
+            slopes = [torch.where(finite, slope, 0.0) for slope in slopes]
         value = read
         if not known_finite(read):
             value = torch.where(torch.isfinite(read), read, call.value(weights_K))
-        return total + (value - total.detach())
+        return with_slopes(value, [*call.slopes(weights_K), *zip(learned, slopes, strict=True)])
 
     def _slopes(self, signals: Signals, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Return f of the losses that were read, and its slopes by them and by the method's own parameters."""
