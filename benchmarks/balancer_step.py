@@ -24,7 +24,7 @@ import workloads
 from measuring import in_words, machine, markdown_header, markdown_row, paired_ratio, rounded, write_json
 from rounds import Entry, Rounds, clock_of, measure
 from selection import add_arguments, chosen_variants
-from variants import BARE, FUSED_PLAIN, PLAIN, OptimizerForm, Variant
+from variants import BARE, BY_HAND, FUSED_PLAIN, PLAIN, OptimizerForm, Variant
 from workloads import Workload
 
 MODELS = ("mlp", "mlp-heads", "wide", "resnet", "study")
@@ -132,7 +132,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    args.variants = [FUSED_PLAIN, *chosen_variants(parser, args)]
+    args.variants = [FUSED_PLAIN, BY_HAND, *chosen_variants(parser, args)]
     return args
 
 

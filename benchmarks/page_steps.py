@@ -81,6 +81,13 @@ def step_section(figures: Figures) -> Iterator[str]:
             *(cell(pick(r, "floor", "K backward passes")) for r in results),
         ]
     )
+    if any(pick(r, "floor", "gaba by hand") for r in results):
+        rows.append(
+            [
+                "gaba written out by hand, without any check",
+                *(cell(pick(r, "floor", "gaba by hand")) for r in results),
+            ]
+        )
     rows += [
         [f"**{method}**", *(cell(pick(result, OURS, method)) for result in results)] for method in methods
     ]

@@ -106,6 +106,41 @@ def bare_passes(workload: Workload, optimizer: OptimizerForm) -> Iterator[None]:
         yield
 
 
+def gaba_by_hand(workload: Workload, optimizer: OptimizerForm) -> Iterator[None]:
+    """Weigh by GABA's rule in the fewest operations that come to mind.
+
+    No names, no absent tasks, no look at the graph for what is shared, no check of anything, nothing kept to be read or
+    saved but the smoothed weights: what a library adds to that is what its promises cost.
+    """
+    training = Training(workload, optimizer)
+    shared, tasks = training.shared, workload.tasks
+    heads = {task: list(training.heads[task].parameters()) for task in tasks}
+    smoothed = torch.full((len(tasks),), 1.0 / len(tasks), device=workload.inputs.device)
+    while True:
+        training.optimizer.zero_grad()
+        _, losses = training.forward()
+        left, rows, norms = len(tasks), [], []
+        for task, loss in losses.items():
+            left -= 1
+            rows.append(torch.autograd.grad(loss, [*shared, *heads[task]], retain_graph=left > 0))
+            norms.append(torch.stack(torch._foreach_norm(rows[-1][: len(shared)])))
+        norms_K = torch.linalg.vector_norm(torch.stack(norms), dim=1)
+        total = norms_K.sum()
+        smoothed.lerp_((total - norms_K) / ((len(tasks) - 1) * total), 0.01)
+        floored = smoothed.clamp(min=0.05)
+        weights = (floored / floored.sum()).unbind()
+        sums = torch._foreach_mul(rows[0][: len(shared)], weights[0])
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
+            torch._foreach_addcmul_(sums, row[: len(shared)], [weight] * len(shared))
+        for parameter, gradient in zip(shared, sums, strict=True):
+            parameter.grad = gradient
+        for task, row, weight in zip(tasks, rows, weights, strict=True):
+            for parameter, gradient in zip(heads[task], row[len(shared) :], strict=True):
+                parameter.grad = gradient * weight
+        training.optimizer.step()
+        yield
+
+
 def balanced_steps(
     make: Callable[[Sequence[str]], Balancer], per_sample: Callable[[Sequence[str]], Collection[str]], at: str
 ) -> Steps:
@@ -140,6 +175,7 @@ def method_variant(
 
 
 FLOORS = (Variant("floor", PLAIN, "", plain_steps), Variant("floor", BARE, "", bare_passes))
+BY_HAND = Variant("floor", "gaba by hand", "", gaba_by_hand)
 FUSED_PLAIN = Variant("floor", PLAIN, "fused AdamW", lambda workload, _: plain_steps(workload, "fused"))
 GABA_FORMS = (
     method_variant("gaba", "K+1 passes", delivery="weighted_sum"),
