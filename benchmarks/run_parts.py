@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from mtlbalance.balancers.base import Balancer
 from mtlbalance.training import batches, step
 from mtlbalance.training.checkpoints import Checkpoints
+from mtlbalance.training.evaluation import WeightEMA
 from mtlbalance.training.gradient_stats import GradientStats
 from mtlbalance.training.losses import TaskLosses
 from mtlbalance.training.record import CsvTable, EventLog
@@ -71,9 +71,9 @@ _TIMED: tuple[tuple[str, Any, str], ...] = (
     ("inner losses", TaskLosses, "__call__"),
     ("balancer", Balancer, "__call__"),
     ("backward", Tensor, "backward"),
-    ("clipping", nn.utils, "clip_grad_norm_"),
+    ("clipping", step, "clip_gradients"),
     ("AdamW", torch.optim.AdamW, "step"),
-    ("weight average", AveragedModel, "update_parameters"),
+    ("weight average", WeightEMA, "update"),
     ("loss rows and finite checks", StepLosses, "row"),
     ("loss rows and finite checks", StepLosses, "keep"),
     ("loss rows and finite checks", StepLosses, "means"),

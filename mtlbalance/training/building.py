@@ -12,7 +12,7 @@ from mtlbalance.plugins.references import build_plugin
 from mtlbalance.slots import MultiTaskData
 from mtlbalance.training.batches import ShuffleOrder, count_samples
 from mtlbalance.training.early_stopping import BestEpoch, EarlyStopping
-from mtlbalance.training.evaluation import weight_ema
+from mtlbalance.training.evaluation import WeightEMA
 from mtlbalance.training.gradient_stats import GradientStats
 from mtlbalance.training.model import build_model
 from mtlbalance.training.optimizers import make_optimizer
@@ -48,7 +48,7 @@ def build_state(config: RunConfig, data: MultiTaskData, device: torch.device) ->
     )
     return RunState(
         model=model,
-        ema=weight_ema(model, training.ema_decay),
+        ema=WeightEMA(model, training.ema_decay),
         balancer=balancer,
         optimizer=optimizer,
         plateau=plateau_schedule(optimizer, mode, training),

@@ -7,15 +7,15 @@ its saved weights give later.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mtlbalance.errors import PluginError
+from mtlbalance.errors import PluginError, TrainingError
 from mtlbalance.slots import MultiTaskData
 from mtlbalance.training.batches import EvaluationBatch
 from mtlbalance.training.metrics import task_metrics
@@ -23,21 +23,70 @@ from mtlbalance.training.model import MultiTaskModel
 from mtlbalance.training.record import is_training_column
 
 
-def weight_ema(model: MultiTaskModel, decay: float) -> AveragedModel:
-    """Return the shadow of ``model``: parameters are averaged, buffers are copied.
+class WeightEMA(nn.Module):
+    """The shadow of a model, which is evaluated: parameters are averaged, all else is the live model's.
 
-    The shadow starts at the initial weights. Buffers (the running statistics of BatchNorm, step counters)
-    are the live model's: they are averages already, and averaging an integer counter would be wrong.
-    With decay 0 the shadow is the live model.
+    The shadow starts at the initial weights. Buffers (the running statistics of BatchNorm, step counters) are averages
+    already, and averaging an integer counter would be wrong. With decay 0 the shadow is the live model.
+
+    ``torch.optim.swa_utils.AveragedModel`` gives the same numbers, and collects both sets of weights anew in every
+    step, which in a small model takes several times as long as to average them.
+
+    Args:
+        model: on its device; its parameters stay the same objects.
+        decay: of the average, in [0, 1).
     """
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    shadow = AveragedModel(model, multi_avg_fn=average, use_buffers=False)
-    shadow.requires_grad_(requires_grad=False)
-    for module in shadow.modules():
-        if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()  # a copied cuDNN network is in pieces, and packs itself in every call
-    shadow.update_parameters(model)  # the first call copies; every later one averages
-    return shadow
+
+    n_averaged: Tensor
+
+    def __init__(self, model: MultiTaskModel, decay: float) -> None:
+        super().__init__()
+        self.module = deepcopy(model)
+        self.module.requires_grad_(requires_grad=False)
+        for module in self.module.modules():
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()  # a copied cuDNN network is in pieces, and packs itself in every call
+        self.register_buffer("n_averaged", torch.tensor(1))  # states of the weights, the first one included
+        self._new_share = 1.0 - decay
+        self._shadows: list[Tensor] = list(filter(_can_be_averaged, self.module.parameters()))
+        self._live: list[Tensor] = list(filter(_can_be_averaged, model.parameters()))
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the shadow's predictions."""
+        predictions: dict[str, Tensor] = self.module(inputs)
+        return predictions
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Average the live model's parameters in."""
+        torch._foreach_lerp_(self._shadows, self._live, self._new_share)
+        self.n_averaged += 1
+
+    @torch.no_grad()
+    def copy_the_rest(self, model: MultiTaskModel) -> None:
+        """Copy what is not averaged from the live model: once, before the shadow is used, and not in every step.
+
+        Raises:
+            TrainingError: the model has other buffers than it was built with.
+        """
+        shadows, live = _not_averaged(self.module), _not_averaged(model)
+        if shadows.keys() != live.keys():
+            changed = ", ".join(sorted(shadows.keys() ^ live.keys()))
+            raise TrainingError(
+                f"the model's buffers have changed while it was trained ({changed}), so no checkpoint could be loaded "
+                "again; a backbone must register all of them when it is built"
+            )
+        for name, shadow in shadows.items():
+            shadow.copy_(live[name])
+
+
+def _not_averaged(model: nn.Module) -> dict[str, Tensor]:
+    whole_numbers = {name: p for name, p in model.named_parameters() if not _can_be_averaged(p)}
+    return whole_numbers | dict(model.named_buffers())
+
+
+def _can_be_averaged(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 @dataclass(frozen=True)

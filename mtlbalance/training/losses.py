@@ -67,16 +67,22 @@ class TaskLosses:
     """
 
     def __init__(self, tasks: Sequence[TaskSpec]) -> None:
-        self._losses = {task.name: resolve_loss(task) for task in tasks}
+        self._losses = {
+            task.name: (
+                resolve_loss(task),
+                names_out_of_memory(f"the loss of task {task.name!r}", "training.batch_size"),
+            )
+            for task in tasks
+        }
 
     def __call__(self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses of the tasks that have targets."""
         losses: dict[str, Tensor] = {}
-        for name, loss in self._losses.items():
+        for name, (loss, naming) in self._losses.items():
             if name not in targets:
                 continue
             try:
-                with names_out_of_memory(f"the loss of task {name!r}", "training.batch_size"):
+                with naming:
                     values = loss(predictions[name], targets[name])
             except IndexError as error:  # a class that the head does not have
                 raise DataError(f"a target of task {name!r} cannot be used: {error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 
@@ -19,9 +19,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-@contextmanager
-def names_out_of_memory(phase: str, lower: str) -> Iterator[None]:
+def names_out_of_memory(phase: str, lower: str) -> AbstractContextManager[None]:
     """Turn an allocation that fails in the body into an error for the user.
+
+    What it returns may be entered any number of times.
 
     Args:
         phase: what was being done, such as ``"the forward pass"``.
@@ -30,13 +31,29 @@ def names_out_of_memory(phase: str, lower: str) -> Iterator[None]:
     Raises:
         TrainingError: memory ran out.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+    return _Phase(phase, lower)
+
+
+class _Phase:
+    """A class and no generator: a step enters several of them, and a generator takes some microseconds each time."""
+
+    __slots__ = ("_lower", "_phase")
+
+    def __init__(self, phase: str, lower: str) -> None:
+        self._phase = phase
+        self._lower = lower
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if error is None or not isinstance(error, MemoryError | RuntimeError) or not is_out_of_memory(error):
+            return
         reason = str(error).strip().partition("\n")[0]
         raise TrainingError(
-            f"out of memory in {phase}{f' ({reason})' if reason else ''}; lower {lower}. What was saved before is "
-            "intact, and the run goes on from there when it is started again with the same result-deciding options"
+            f"out of memory in {self._phase}{f' ({reason})' if reason else ''}; lower {self._lower}. What was saved "
+            "before is intact, and the run goes on from there when it is started again with the same result-deciding "
+            "options"
         ) from error

@@ -1,14 +1,18 @@
-"""The optimizer of a run: AdamW over the model and what the balancer learns."""
+"""The optimizer of a run, AdamW over the model and what the balancer learns, and the clipping before it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mtlbalance.balancers.base import Balancer
 from mtlbalance.config.sections import TrainingSection
 from mtlbalance.training.model import MultiTaskModel
+
+_SURELY_SHORT = 0.999  # of the largest norm: the factor is then 1, however it is rounded
 
 
 def make_optimizer(model: MultiTaskModel, balancer: Balancer, training: TrainingSection) -> AdamW:
@@ -30,3 +34,15 @@ def make_optimizer(model: MultiTaskModel, balancer: Balancer, training: Training
         groups.append({"params": learned, "weight_decay": 0.0, "decayed": False})
     fused = all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
     return AdamW(groups, lr=training.lr, fused=fused, foreach=not fused)
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a joint L2 norm of ``max_norm``, and return the norm that they had.
+
+    The result is that of ``torch.nn.utils.clip_grad_norm_``, which multiplies by 1 what is short enough: asking would
+    make a CUDA step wait. On the CPU asking costs nothing, and the pass over all gradients is left out.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.device.type != "cpu" or not float(norm) < _SURELY_SHORT * max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

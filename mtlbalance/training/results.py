@@ -15,7 +15,7 @@ from mtlbalance.training import atomic
 from mtlbalance.training.batches import EvaluationBatches, count_samples
 from mtlbalance.training.checkpoints import Checkpoints
 from mtlbalance.training.data import describe_inputs
-from mtlbalance.training.evaluation import predict, score, weight_ema
+from mtlbalance.training.evaluation import WeightEMA, predict, score
 from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.model import parameter_counts
 from mtlbalance.training.record import is_training_column, json_bytes, strict_json
@@ -77,7 +77,7 @@ def write_results(
     }
     if data.validation is not None:
         final = state.ema.module
-        best = weight_ema(state.model, 0.0).module
+        best = WeightEMA(state.model, 0.0).module
         best.load_state_dict(safetensors.torch.load(best_weights))
         test = evaluation_batches(config, data.test, device)
         batches = reading(iter(test), config.dataset.name, "test")

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
 
 from mtlbalance.balancers.base import Balancer
 from mtlbalance.training.batches import ShuffleOrder
 from mtlbalance.training.early_stopping import BestEpoch, EarlyStopping
+from mtlbalance.training.evaluation import WeightEMA
 from mtlbalance.training.gradient_stats import GradientStats
 from mtlbalance.training.model import MultiTaskModel
 from mtlbalance.training.record import Row
@@ -71,7 +71,7 @@ class RunState:
     """
 
     model: MultiTaskModel
-    ema: AveragedModel
+    ema: WeightEMA
     balancer: Balancer
     optimizer: AdamW
     scaler: GradScaler
@@ -92,11 +92,12 @@ class RunState:
         """Return the unfinished epoch, a new one if there is none."""
         if self.unfinished is None:
             device = next(self.model.parameters()).device
-            self.unfinished = UnfinishedEpoch(StepLosses(self.balancer.tasks, len(self.order), device))
+            self.unfinished = UnfinishedEpoch(StepLosses(self.balancer.tasks, device))
         return self.unfinished
 
     def weights(self) -> dict[str, Tensor]:
         """Return the live and the averaged weights and buffers by name."""
+        self.ema.copy_the_rest(self.model)
         return {
             f"{part}.{name}": value
             for part, module in (("model", self.model), ("ema", self.ema))

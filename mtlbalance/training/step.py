@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from mtlbalance.slots import TaskSpec
 from mtlbalance.training.batches import Batch
 from mtlbalance.training.losses import TaskLosses
 from mtlbalance.training.memory import names_out_of_memory
+from mtlbalance.training.optimizers import clip_gradients
 from mtlbalance.training.precision import autocast, scaled_step
 from mtlbalance.training.state import RunState
 from mtlbalance.training.step_losses import StepLosses
@@ -62,6 +63,10 @@ class TrainingStep:
         self._max_norm = training.grad_clip if training.grad_clip > 0 else float("inf")
         self._skips = training.on_nonfinite == "skip"
         self._buffers = list(state.model.buffers())
+        self._in_forward = names_out_of_memory("the forward pass", _LESS_DATA)
+        self._in_balancing = names_out_of_memory(f"balancing by {state.balancer.get_name()}", _LESS_BALANCING)
+        self._in_backward = names_out_of_memory("the backward pass", _LESS_DATA)
+        self._in_update = names_out_of_memory("the optimizer step", "the backbone's size")
 
     def __call__(self, batch: Batch, kept: StepLosses, epoch: int, *, measure: bool) -> str:
         """Train on one batch and keep its losses; return why the step was left out, or an empty string.
@@ -78,39 +83,42 @@ class TrainingStep:
         """
         state, model, optimizer = self.state, self.state.model, self.state.optimizer
         buffers = [buffer.clone() for buffer in self._buffers] if self._skips else []
-        with names_out_of_memory("the forward pass", _LESS_DATA), self._autocast:
-            with _names_lone_samples(batch):
+        with self._in_forward, self._autocast:
+            try:
                 predictions = self._forward(batch.inputs)  # 4 forward
+            except ValueError as error:
+                _refuse_lone_samples(batch, error)
+                raise
             losses = self._losses(predictions, batch.targets)  # 5 inner losses, one value a sample
             if batch.weight is not None:
                 losses = {task: batch.weight.to(loss.dtype) * loss for task, loss in losses.items()}
-        with names_out_of_memory(f"balancing by {state.balancer.get_name()}", _LESS_BALANCING):
+        with self._in_balancing:
             if measure:
                 state.stats.before_balancing(losses, epoch)
             total = state.balancer(  # 6 balancer
                 losses, shared_params=self._shared, model=model, targets=batch.targets
             )
-        with names_out_of_memory("the backward pass", _LESS_DATA):
+        with self._in_backward:
             optimizer.zero_grad(set_to_none=True)
             state.scaler.scale(total).backward()  # 7 backward
             for learned in self._learned:
                 if learned.grad is not None:
                     self._team.mean_(learned.grad)
             state.scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)  # 8 clip the joint norm
+            norm = clip_gradients(self._parameters, self._max_norm)  # 8 clip the joint norm
         if state.scaler.is_enabled():  # an overflow is the scaler's to handle
             norm = torch.nan_to_num(norm, 0.0, 0.0, 0.0)
         row = self._team.mean_(kept.row(losses, total, norm))
         state.step += 1
-        if self._skips and not bool(torch.isfinite(row).all()):
+        if self._skips and not all(map(math.isfinite, values := row.tolist())):
             self._leave_out(buffers)
             return self._within_budget(
-                f"{kept.describe(row)} in epoch {epoch}, step {state.step - 1} of the run"
+                f"{kept.describe(values)} in epoch {epoch}, step {state.step - 1} of the run"
             )
         kept.keep(row, losses, batch.num_samples, epoch)
-        with names_out_of_memory("the optimizer step", "the backbone's size"):
+        with self._in_update:
             if scaled_step(state.scaler, optimizer):  # 9 AdamW
-                state.ema.update_parameters(model)  # 10 weight EMA
+                state.ema.update()  # 10 weight EMA
         return ""
 
     def _leave_out(self, buffers: Sequence[Tensor]) -> None:
@@ -157,16 +165,12 @@ class TrainingStep:
             )
 
 
-@contextmanager
-def _names_lone_samples(batch: Batch) -> Iterator[None]:
+def _refuse_lone_samples(batch: Batch, error: ValueError) -> None:
     """Say what to do where BatchNorm is given the one sample that the last batch of an epoch has left."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        lone = "a batch of one sample" if batch.num_samples == 1 else "one sample of a batch on each rank"
-        raise TrainingError(
-            f"the backbone normalises over a batch, and cannot over {lone}; set training.drop_last = true, or choose a "
-            "training.batch_size that leaves more samples for the last batch"
-        ) from error
+    if "more than 1 value per channel" not in str(error):
+        return
+    lone = "a batch of one sample" if batch.num_samples == 1 else "one sample of a batch on each rank"
+    raise TrainingError(
+        f"the backbone normalises over a batch, and cannot over {lone}; set training.drop_last = true, or choose a "
+        "training.batch_size that leaves more samples for the last batch"
+    ) from error

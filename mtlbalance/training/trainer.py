@@ -231,6 +231,7 @@ class Trainer:
         """Return the metrics, or the exit code of what is in the way."""
         try:
             with names_out_of_memory("the evaluation", "training.eval_batch_size"):
+                self.state.ema.copy_the_rest(self.state.model)
                 (predictions,) = predict([self.state.ema], self._watched_batches())
                 return score(self.data, predictions)
         except (_StopRequestedError, DataError, TrainingError) as error:
