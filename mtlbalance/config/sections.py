@@ -71,6 +71,11 @@ class TrainingSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="bf16, fp16: autocast of forward and losses; fp16 with a gradient scaler"
     )
+    matmul_precision: Literal["highest", "high", "medium"] | None = Field(
+        None,
+        description="float32 matrix products of training: high is TF32 on NVIDIA GPUs, medium may be bf16; evaluation "
+        "keeps the process's own; none: training does, too",
+    )
     on_nonfinite: Literal["raise", "skip", "stop"] = Field(
         "raise",
         description="a NaN or infinite loss or gradient: raise ends the run as failed, skip leaves the step out, "

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from mtlbalance.training.devices import device_name
+from mtlbalance.training.precision import own_matmul_precision
 from mtlbalance.training.sums import sha256
 
-_DECIDES_DIGITS = ("torch", "cuda", "cpu_capability", "num_threads", "device")
+_DECIDES_DIGITS = ("torch", "cuda", "cpu_capability", "num_threads", "matmul_precision", "device")
 
 
 def describe_environment(device: torch.device, plugins: Sequence[str] = ()) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def describe_environment(device: torch.device, plugins: Sequence[str] = ()) -> d
         "num_cpus": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
+        "matmul_precision": own_matmul_precision(),
         "device": device_name(device),
         "git_commit": _git_commit(),
         "command": sys.argv,

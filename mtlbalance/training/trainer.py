@@ -19,6 +19,7 @@ from mtlbalance.training.evaluation import predict, score
 from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.observers import Observers
 from mtlbalance.training.parallel import average_over_ranks
+from mtlbalance.training.precision import matmul_precision
 from mtlbalance.training.progress import ProgressReport
 from mtlbalance.training.record import CsvTable, EventLog, Row
 from mtlbalance.training.samples import first_input, reading
@@ -132,7 +133,8 @@ class Trainer:
         if unfinished.row is None:
             warm_up_learning_rate(state.optimizer, epoch, training)  # 1 warm-up of the learning rate
             adapt_weight_decay(state.optimizer, epoch, training)  # 2 adaptive weight decay
-            self._train(epoch, unfinished)  # 3-10 a batch at a time
+            with matmul_precision(training.matmul_precision):
+                self._train(epoch, unfinished)  # 3-10 a batch at a time
         assert unfinished.row is not None
 
         metrics = self._evaluate(unfinished)  # 11 evaluation with the EMA weights

@@ -114,6 +114,11 @@ def test_unknown_plugin_like_no_other(problems: Problems) -> None:
             "precision: bf16",
         ),
         (
+            "matmul_precision = 'tf32'",
+            "'matmul_precision' in [training] must be one of 'highest', 'high', 'medium', not the text 'tf32'",
+            "matmul_precision: float32 matrix products",
+        ),
+        (
             "ema_decay = 2024-01-01",
             "'ema_decay' in [training] must be a number at least 0 and below 1, not the text '2024-01-01'",
             "ema_decay: ",

@@ -56,6 +56,7 @@ _OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
     "training.epochs": st.integers(1, 10**9),
     "training.weight_decay_late": st.floats(0, 1),
     "training.precision": st.sampled_from(["fp32", "bf16"]),
+    "training.matmul_precision": st.sampled_from(["highest", "high", "medium"]),
     "balancer.beta": st.floats(0, 1, exclude_max=True),
     "balancer.min_weight": st.floats(0, 0.5),
     "backbone.hidden_sizes": _LISTS,

@@ -31,6 +31,7 @@ _TRAINING = {
     "scheduler_patience": 30,
     "scheduler_min_lr": 5e-6,
     "precision": "fp32",
+    "matmul_precision": None,
 }
 _GABA = {"beta": 0.99, "warmup_steps": 100, "min_weight": 0.05, "update_every": 1}
 _FAILURE_WEIGHTING = {"biased_task": "rul", "target_cap": 125, "max_weight": 2}
