@@ -159,9 +159,11 @@ class GraphedStep:
         """Go on in the stream of this step, after what the current one has in hand, which then waits for it."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
 
     def _fill(self, shapes: Key, batch: tuple[Part, ...]) -> list[Part]:
         """Copy the batch to where the graphs of its shapes read it."""
@@ -197,11 +199,15 @@ class GraphedStep:
         try:
             with recording:
                 outputs = _mapped(Tensor.detach, self.step(*inputs))
-        except MtlBalanceError:
-            raise
         except RuntimeError as error:
+            self._pool = (
+                torch.cuda.graph_pool_handle()
+            )  # the old one may still think that it is being captured
+            first = error.__context__ or error  # to end a capture that has failed is an error of its own
+            if isinstance(first, MtlBalanceError):
+                raise first from None
             raise CaptureError(
-                f"the step could not be captured in a CUDA graph: {str(error).splitlines()[0]}. Nothing in it may wait "
+                f"the step could not be captured in a CUDA graph: {str(first).splitlines()[0]}. Nothing in it may wait "
                 "for the device (.item(), print, an if on a tensor, indexing by a mask, GradScaler, AveragedModel), "
                 "and no earlier loss may be kept with its graph; torch.cuda.set_sync_debug_mode('error') around the "
                 "step itself finds the line"
