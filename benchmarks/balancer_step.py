@@ -6,6 +6,7 @@ a ratio pairs the CPU times of one round (on CUDA: wall time until the device ha
     python benchmarks/balancer_step.py --models mlp --tasks 2 4 8 16
     python benchmarks/balancer_step.py --models study --methods gaba pcgrad --peers torchjd
     python benchmarks/balancer_step.py --peers torchjd libmtl --libmtl ~/src/LibMTL --out runs/steps.json
+    python benchmarks/balancer_step.py --models mlp-heads --methods gaba --ways compiled compiled+fused
 
 A variant is measured until its 95 % interval lies within --tolerance of its median (times the ratio, above 1), within
 the bounds on rounds and on --seconds.
@@ -25,6 +26,7 @@ from measuring import in_words, machine, markdown_header, markdown_row, paired_r
 from rounds import Entry, Rounds, clock_of, measure
 from selection import add_arguments, chosen_variants
 from variants import BARE, BY_HAND, FUSED_PLAIN, PLAIN, OptimizerForm, Variant
+from ways import WORDS, Way, in_ways, parse_way
 from workloads import Workload
 
 MODELS = ("mlp", "mlp-heads", "wide", "resnet", "study")
@@ -77,6 +79,8 @@ def measure_workload(
         else:
             row["ratio"] = paired_ratio(entry.seconds, baseline)
             row["to_bare_passes"] = paired_ratio(entry.seconds, bare)
+            if variant.plain != PLAIN:
+                row["to_plain_alike"] = paired_ratio(entry.seconds, entries[variant.plain].seconds)
             row["steps_per_slice"] = entry.slice_steps
             row["seconds_per_step"] = rounded(entry.seconds)
         rows.append(row)
@@ -94,15 +98,25 @@ def measure_workload(
 def print_result(result: dict[str, Any]) -> None:
     """Print one workload's table, cheapest first."""
     print(f"\n{result['workload']}: plain sum {1000 * result['plain_seconds']:.2f} ms a step\n")
-    print(markdown_header(["variant", "ratio to the plain sum", "to K backward passes", "rounds"]))
     measured = [row for row in result["variants"] if "ratio" in row]
+    alike = any("to_plain_alike" in row for row in measured)
+    heading = ["variant", "ratio to the plain sum", "to K backward passes", "rounds"]
+    print(markdown_header([*heading, *(["to the plain sum made so"] if alike else [])]))
     for row in sorted(measured, key=lambda row: row["ratio"].median):
         ratio = row["ratio"]
         cells = [f"{ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f})", row["to_bare_passes"]]
-        print(markdown_row([row["name"], *cells, len(row["seconds_per_step"])]))
+        cells += [len(row["seconds_per_step"]), *([row.get("to_plain_alike", "")] if alike else [])]
+        print(markdown_row([row["name"], *cells]))
     for row in result["variants"]:
         if "failure" in row:
-            print(markdown_row([row["name"], row["failure"], "-", "-"]))
+            print(markdown_row([row["name"], row["failure"], "-", "-", *(["-"] if alike else [])]))
+
+
+def _way(text: str) -> Way:
+    try:
+        return parse_way(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -120,7 +134,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=32, help="of the resnet's first block")
     parser.add_argument("--hidden-size", type=int, default=256, help="of the study model (256: 3.5 M)")
     parser.add_argument("--batch-size", type=int, default=256, help="of the mlps and the study model")
+    parser.add_argument(
+        "--exact-only", action="store_true", help="leave out the other forms of our methods, such as features"
+    )
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) for everything measured")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        type=_way,
+        default=[],
+        metavar="WAY",
+        help=f"measure everything in these ways, too: {', '.join(WORDS)}, or several joined by '+'",
+    )
     parser.add_argument("--rounds", type=int, nargs=2, default=[10, 60], metavar=("LEAST", "MOST"))
     parser.add_argument("--tolerance", type=float, default=0.01)
     parser.add_argument(
@@ -132,7 +157,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    args.variants = [FUSED_PLAIN, BY_HAND, *chosen_variants(parser, args)]
+    missing = {way: way.missing(args.device) for way in args.ways}
+    args.left_out = {way.name: why for way, why in missing.items() if why}
+    ways = [way for way, why in missing.items() if not why]
+    variants = chosen_variants(parser, args)
+    if args.exact_only:
+        variants = [v for v in variants if v.source != "mtlbalance" or not v.form]
+    args.variants = in_ways([FUSED_PLAIN, BY_HAND, *variants], ways)
     return args
 
 
@@ -145,6 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     where = machine(args.threads, str(args.device))
     print(in_words(where) + (", fused AdamW" if args.fused else ""))
+    for name, missing in args.left_out.items():
+        print(f"left out: {name}: {missing}")
+    if args.ways and len(args.left_out) == len(args.ways):
+        print("nothing is left to measure")
+        return
     least, most = args.rounds
     rounds = Rounds(least, most, args.tolerance, args.slice_seconds, args.seconds)
     results = []

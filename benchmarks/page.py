@@ -15,8 +15,9 @@ from pathlib import Path
 
 from figures import Figures
 from measuring import in_words
+from page_precision import precision_section
 from page_runs import growth_section, other_section, run_section
-from page_steps import memory_section, model_section, step_section, target_section
+from page_steps import memory_section, model_section, step_section, target_section, way_section
 
 NO_PLOTS = "The plots are left out: matplotlib is not installed here (`pip install --group bench`)."
 Section = Callable[[Figures], Iterator[str]]
@@ -50,6 +51,8 @@ SECTIONS: tuple[Section, ...] = (
     target_section,
     step_section,
     model_section,
+    way_section,
+    precision_section,
     memory_section,
     run_section,
     growth_section,

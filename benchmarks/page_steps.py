@@ -163,6 +163,39 @@ def model_section(figures: Figures) -> Iterator[str]:
         yield table(["model", "plain sum", "exact", *FORMS[1:]], rows)
 
 
+def way_section(figures: Figures) -> Iterator[str]:
+    """Fused AdamW, compiled modules and bfloat16."""
+    results = list(figures.workloads("steps_compiled", "steps_bf16", "steps_bf16_large"))
+    if not results:
+        return
+    yield "## Fused AdamW, compiled modules, bfloat16"
+    yield (
+        "Each cell: ratio to the plain sum as it is, then to the plain sum made in the same way. Compiled: trunk and "
+        "each head by `torch.compile`; bf16: forward and losses under autocast; MATH attention: "
+        "`sdpa_kernel(SDPBackend.MATH)` around them."
+    )
+    heading = ["", "plain sum", "K bare passes", "exact", *FORMS[1:3]]
+    variants = [("floor", "plain sum", ""), ("floor", "K backward passes", "")]
+    variants += [(OURS, "gaba", form) for form in FORMS[:3]]
+    for result in results:
+        rows: list[list[object]] = []
+        for way in ("", *ways_of(result)):
+            rows.append([way or "as it is"])
+            for source, method, form in variants:
+                row = pick(result, source, method, ", ".join(filter(None, (form, way))))
+                alike = with_interval(row["to_plain_alike"]) if row and "to_plain_alike" in row else ""
+                rows[-1].append(" / ".join(filter(None, (cell(row), alike))))
+        yield f"{result['workload']}, plain sum {1000 * result['plain_seconds']:.2f} ms:"
+        yield table(heading, rows)
+
+
+def ways_of(result: Row) -> list[str]:
+    """Return the ways in which a workload's plain sum was measured beside itself."""
+    return [
+        row["form"] for row in result["variants"] if row["method"] == "plain sum" and "to_plain_alike" in row
+    ]
+
+
 def memory_section(figures: Figures) -> Iterator[str]:
     """What balancing holds."""
     parts = {

@@ -33,6 +33,12 @@ FULL = {
     "rlw famo",
     "steps_mlp_linear": "balancer_step.py --models mlp --rounds 6 60 --seconds 20 PEERS --methods fixed gaba pcgrad",
     "steps_mlp_fused": "balancer_step.py --models mlp-heads --fused --rounds 6 60 --seconds 15 --methods fixed gaba",
+    "steps_compiled": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 20 --methods gaba --ways fused "
+    "compiled compiled+fused",
+    "steps_bf16": "balancer_step.py --models study --hidden-size 64 --rounds 4 8 --seconds 30 --methods gaba "
+    "--ways fused bf16 bf16+math bf16+fused",
+    "steps_bf16_large": "balancer_step.py --models study --exact-only --rounds 3 5 --seconds 20 --methods gaba --ways "
+    "bf16 bf16+math bf16+fused",
     "steps_models": "balancer_step.py --models wide resnet --rounds 4 30 --seconds 40 PEERS --methods fixed famo gaba "
     "pcgrad mgda upgrad nash-mtl",
     "steps_study": "balancer_step.py --models study --rounds 4 6 --methods fixed gaba pcgrad PEERS",
@@ -42,8 +48,9 @@ FULL = {
     "scaling": "scaling.py --only tasks ranks",
     "scaling_parameters": "scaling.py --only parameters",
     "allocator": "allocator.py --rounds 3 --hidden-size 128",
+    "attention_path": "attention_path.py --seconds 5 --rounds 5 12",
 }
-_ON_CPU_ALONE = ("import_time.py", "allocator.py")
+_ON_CPU_ALONE = ("import_time.py", "allocator.py", "attention_path.py")
 QUICK = {
     "import_time": "import_time.py --rounds 3",
     "memory": "balancer_memory.py --tasks 2 8 --width 256 PEERS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,9 +39,12 @@ class Training:
 
     def forward(self, per_sample: Collection[str] = ()) -> tuple[Tensor, Losses]:
         """Return the trunk's features and each task's loss."""
-        features = self.trunk(self.workload.inputs)
-        predictions = {task: self.heads[task](features) for task in self.workload.tasks}
-        return features, self.workload.losses(predictions, per_sample)
+        with ExitStack() as stack:
+            for context in self.workload.contexts:
+                stack.enter_context(context())
+            features = self.trunk(self.workload.inputs)
+            predictions = {task: self.heads[task](features) for task in self.workload.tasks}
+            return features, self.workload.losses(predictions, per_sample)
 
 
 def optimizer_of(groups: Any, form: OptimizerForm) -> torch.optim.Optimizer:
@@ -63,6 +67,7 @@ class Variant:
         form: how, where there are several ways.
         steps: makes the endless iterator of steps.
         multiple_of: in a measurement, a multiple of so many steps.
+        plain: the name of the plain sum of its kind: as it is, or compiled, say, as this is.
     """
 
     source: str
@@ -70,6 +75,7 @@ class Variant:
     form: str
     steps: Steps
     multiple_of: int = 1
+    plain: str = PLAIN
 
     @property
     def name(self) -> str:

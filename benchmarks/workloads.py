@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ class Workload:
         model: never trained itself: everything measured trains a copy.
         inputs, targets: the batch.
         criteria: task -> criterion.
+        contexts: what forward passes and losses run in, such as autocast.
+        compiled: which of a fresh model's modules are compiled by ``torch.compile``: ``trunk``, or ``trunk and heads``.
     """
 
     family: str
@@ -35,6 +39,8 @@ class Workload:
     inputs: Tensor
     targets: dict[str, Tensor]
     criteria: dict[str, Criterion]
+    contexts: tuple[Callable[[], AbstractContextManager[Any]], ...] = ()
+    compiled: str = ""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -59,14 +65,28 @@ class Workload:
         """Return a copy's trunk and heads, and the copy, in training mode."""
         model = copy.deepcopy(self.model).train()
         heads = model.get_submodule("heads")
+        trunk = model.get_submodule("trunk")
         assert isinstance(heads, nn.ModuleDict)
-        return model.get_submodule("trunk"), heads, model
+        if "trunk" in self.compiled:
+            trunk = _compile(trunk)
+        if "heads" in self.compiled:
+            heads = nn.ModuleDict({task: _compile(head) for task, head in heads.items()})
+        return trunk, heads, model
 
     def to(self, device: torch.device) -> Workload:
         """Return the workload on a device."""
         targets = {task: target.to(device) for task, target in self.targets.items()}
         model = copy.deepcopy(self.model).to(device)
         return replace(self, model=model, inputs=self.inputs.to(device), targets=targets)
+
+
+def _compile(module: nn.Module) -> nn.Module:
+    """Return a module compiled so that K backward passes may go through it, or raise instead of giving up quietly."""
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    compiled = torch.compile(module)
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 class SharedTrunk(nn.Module):
