@@ -10,6 +10,7 @@ docs/scaling.md.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,8 @@ from hardware import (
     ring_bytes,
 )
 from measuring import markdown_header, markdown_row
+
+from mtlbalance.balancers.ranks import SENT_TOGETHER_BYTES
 
 # ------------------------------------------------- assumptions on the training
 FORWARD_FLOPS, BACKWARD_FLOPS = 2.0, 4.0  # for each use of a weight: a multiply-add; two of them backward
@@ -196,7 +199,9 @@ def balancer_sums(option: Option, job: Job, *, measured: bool) -> list[int]:
         return [losses_and_presence, *[gradient] * probes(option, job), small]
     if option.reads == "jacobian":
         return [losses_and_presence, *[gradient] * probes(option, job)]
-    return [losses_and_presence, job.tasks * gradient]
+    together = min(job.tasks, max(1, math.ceil(SENT_TOGETHER_BYTES / gradient)))
+    whole, rest = divmod(job.tasks, together)
+    return [losses_and_presence, *[together * gradient] * whole, *[rest * gradient] * bool(rest)]
 
 
 def probes(option: Option, job: Job) -> int:
@@ -223,7 +228,7 @@ def extra_bytes(option: Option, job: Job) -> float:
     if option.reads == "jacobian":
         return option.held_copies * copy
     kept = job.tasks * option.read_share * copy
-    new = kept  # what comes of the probes before it is averaged over ranks, beside what it becomes
+    new = option.read_share * copy  # a task's own gradient, on its way to where it is averaged over ranks
     if option.delivery == "low_memory":
         kept, new = (2 * copy if option.reads == "gramian" else copy), copy
     measuring = kept + new if job.ranks > 1 and not option.mean_norms else kept
@@ -278,6 +283,12 @@ def ratio(option: Option, job: Job, hardware: Hardware, wrapper: Wrapper = "DDP"
     return cost(option, job, hardware, wrapper).seconds / cost(PLAIN, job, hardware, wrapper).seconds
 
 
+def _sends_while_passing(option: Option) -> bool:
+    """Return whether gradients are sent while those of the next tasks are computed."""
+    one_at_a_time = option.delivery == "low_memory" or option.reads == "jacobian"
+    return option.measures and not (option.at_features or option.mean_norms or one_at_a_time)
+
+
 def _sent_by(wrapper: Wrapper, job: Job) -> tuple[float, float]:
     """Return the bytes that the wrapper moves, and those that a rank sends for it."""
     numbers = job.shared_numbers + job.head_numbers
@@ -301,8 +312,9 @@ def _standing_bytes(wrapper: Wrapper, job: Job) -> float:
 def _seconds(option: Option, job: Job, hardware: Hardware, wrapper: Wrapper, *, measured: bool) -> float:
     """Return the time of one step.
 
-    The wrapper sends while the trunk is passed, at its best; nothing hides what the balancer sends, and with direct
-    delivery nothing is left to pass while DDP sends.
+    The wrapper sends while the trunk is passed, at its best; with direct delivery nothing is left to pass while DDP
+    sends. The balancer sends gradients while those of the next tasks are computed, except where they are taken one at
+    a time; nothing hides its small sums.
     """
     flops = PEAK_FLOPS * FLOPS_SHARE
     numbers = job.shared_numbers + job.head_numbers
@@ -311,9 +323,16 @@ def _seconds(option: Option, job: Job, hardware: Hardware, wrapper: Wrapper, *, 
     pass_s = BACKWARD_FLOPS * job.uses * job.shared_numbers / flops
     optimizer_numbers = numbers / (job.ranks if wrapper == "FSDP2" else 1)
     update_s = ADAM_TRAFFIC_NUMBERS * 4 * optimizer_numbers / MEMORY_BYTES_PER_S
-    sums_s = sum(
-        hardware.sum_seconds(size, job.ranks) for size in balancer_sums(option, job, measured=measured)
-    )
+    sums = balancer_sums(option, job, measured=measured)
+    sums_s = sum(hardware.sum_seconds(size, job.ranks) for size in sums)
+    if _sends_while_passing(option) and len(sums) > 1:
+        gradient = sum(sums[1:]) / job.tasks
+        done_s = 0.0
+        for index, size in enumerate(sums[1:], start=2):
+            ready_s = pass_s * option.read_share * sum(sums[1:index]) / gradient
+            done_s = max(done_s, ready_s) + hardware.sum_seconds(size, job.ranks)
+        waited_s = done_s - pass_s * option.read_share * job.tasks  # after the last pass
+        sums_s = hardware.sum_seconds(sums[0], job.ranks) + waited_s
     if wrapper == "FSDP2":
         sent = (job.ranks - 1) / job.ranks * numbers
         gather_s = FSDP_GROUPS * hardware.send_seconds(FSDP_SENT_BYTES * sent / FSDP_GROUPS, job.ranks)

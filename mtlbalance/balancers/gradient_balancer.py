@@ -26,6 +26,7 @@ from mtlbalance.balancers.one_at_a_time import OneAtATime
 from mtlbalance.balancers.presence import all_finite, both
 from mtlbalance.balancers.probe import Plan, Probe
 from mtlbalance.balancers.probe_scale import ProbeScale, autocast_dtype
+from mtlbalance.balancers.ranks import GradientMeans
 from mtlbalance.balancers.shared import (
     discover_shared,
     hidden_heads,
@@ -256,17 +257,20 @@ class GradientBalancer(Balancer):
         rows: dict[int, Gradients] = {}
         of_own: dict[int, Gradients] = {}
         scales_K = self._scales(call, plan.shared)
-        with as_if_unseen(plan.all()):
-            for index in call.losses:
-                rows[index], of_own[index] = self._differentiate(call, plan, scales_K, index)
         averaged = [False] * len(columns)
+        leaves: list[int] = []
+        means: GradientMeans | None = None
         if call.ranks is not None and call.counts_K is not None and self.sync == "gradients":
             leaves = [column for column, tensor in enumerate(plan.shared) if tensor.is_leaf]
-            local = {index: [row[column] for column in leaves] for index, row in rows.items()}
-            means = call.ranks.mean_gradients(
-                local, [plan.shared[column] for column in leaves], call.counts_K
-            )
-            for index, mean in means.items():
+            means = GradientMeans(call.ranks, [plan.shared[column] for column in leaves], call.counts_K)
+        with as_if_unseen(plan.all()):
+            for index in call.losses if means is None else range(len(self.tasks)):
+                if index in call.losses:
+                    rows[index], of_own[index] = self._differentiate(call, plan, scales_K, index)
+                if means is not None:
+                    means.add(_taken_from(rows[index], leaves) if index in rows else None)
+        if means is not None:
+            for index, mean in means.finish().items():
                 row = rows.setdefault(index, [None] * len(columns))
                 for column, gradient in zip(leaves, mean, strict=True):
                     row[column] = gradient
@@ -354,6 +358,14 @@ class GradientBalancer(Balancer):
             overflowed_K = _overflowed(call, of_own) & call.signals.finite
             self.probe_scale.update(overflowed_K, overflowed_K)  # the scale grows by measured calls alone
         return total.deliver(torch.zeros_like(call.losses_K[0]), keep=call.retain_graph)
+
+
+def _taken_from(row: Gradients, columns: Sequence[int]) -> Gradients:
+    """Return the gradients at some columns, which the row then lacks: they are not to be held twice."""
+    taken = [row[column] for column in columns]
+    for column in columns:
+        row[column] = None
+    return taken
 
 
 def _overflowed(call: Call, gradients: Mapping[int, Gradients]) -> Tensor:

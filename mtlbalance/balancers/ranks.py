@@ -2,7 +2,7 @@
 
 The reference is the mean over ranks of the ranks' losses; a task that some ranks lack is averaged over
 those that have it. Every rank makes the same collectives in the same order: one small sum of losses and
-presence a call, and one sum of gradients (or of norms) a measured call.
+presence a call, and sums of gradients (or one of norms) in a measured call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtlbalance.balancers.signals import Gradients
+
+SENT_TOGETHER_BYTES = 2**22  # gradients of so many bytes are summed while further ones are computed
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,10 @@ class Ranks:
 
         Every rank gets a row for every task, those it lacks included; no gradient counts as zero.
         """
-        averaged: dict[int, Gradients] = {task: [None] * len(tensors) for task in range(len(counts_K))}
-        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-            chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            sizes = [tensors[i].numel() for i in chosen]
-            flat = torch.zeros(len(counts_K), sum(sizes), dtype=dtype, device=tensors[chosen[0]].device)
-            for task, row in gradients.items():
-                for part, i in zip(torch.split(flat[task], sizes), chosen, strict=True):
-                    gradient = row[i]
-                    if gradient is not None:
-                        part.copy_(
-                            gradient.to_dense().reshape(-1) if gradient.is_sparse else gradient.reshape(-1)
-                        )
-            self.sum(flat)
-            flat /= counts_K.clamp(min=1.0).to(flat)[:, None]
-            for task in averaged:
-                for part, i in zip(torch.split(flat[task], sizes), chosen, strict=True):
-                    averaged[task][i] = part.view(tensors[i].shape)
-        return averaged
+        means = GradientMeans(self, tensors, counts_K)
+        for task in range(len(counts_K)):
+            means.add(gradients.get(task))
+        return means.finish()
 
     def mean_gradient(self, gradient_P: Tensor, count: Tensor) -> None:
         """Average one task's flat gradient, in place, over the ``count`` ranks that have it; zeros on the others."""
@@ -91,6 +79,81 @@ class Ranks:
         """
         counts = counts_K.clamp(min=1.0).to(gramian_KK)
         return self.sum(gramian_KK.clone()) / torch.minimum(counts[:, None], counts[None, :])
+
+
+class GradientMeans:
+    """Each task's gradients averaged over the ranks that have it, summed while those of the next are still computed.
+
+    Every rank adds a row for each task, in task order, whether it has the task or not. Rows are copied into one place,
+    so a rank holds K copies and not the gradients beside them, and are sent when enough of them have gathered: sums of
+    less cost more in latency than they hide.
+
+    Args:
+        ranks: the ranks.
+        tensors: what the gradients are of.
+        counts_K: how many ranks have each task.
+    """
+
+    def __init__(self, ranks: Ranks, tensors: Sequence[Tensor], counts_K: Tensor) -> None:
+        self._ranks = ranks
+        self._tensors = tensors
+        self._counts_K = counts_K
+        self._added = 0
+        self._parts = [
+            _Part(dtype, tensors, len(counts_K))
+            for dtype in sorted({tensor.dtype for tensor in tensors}, key=str)
+        ]
+
+    def add(self, gradients: Gradients | None) -> None:
+        """Take the next task's gradients, None for a task that this rank lacks; no gradient counts as zero."""
+        for part in self._parts:
+            part.fill(self._added, gradients)
+        self._added += 1
+        for part in self._parts:
+            part.send(self._ranks, self._added)
+
+    def finish(self) -> dict[int, Gradients]:
+        """Return the mean gradients of every task, once all of them have arrived."""
+        averaged: dict[int, Gradients] = {task: [None] * len(self._tensors) for task in range(self._added)}
+        for part in self._parts:
+            part.wait()
+            part.rows /= self._counts_K.clamp(min=1.0).to(part.rows)[:, None]
+            for task, row in averaged.items():
+                for column, values in zip(
+                    part.columns, torch.split(part.rows[task], part.sizes), strict=True
+                ):
+                    row[column] = values.view(self._tensors[column].shape)
+        return averaged
+
+
+class _Part:
+    """The rows of all tasks over the tensors of one dtype."""
+
+    def __init__(self, dtype: torch.dtype, tensors: Sequence[Tensor], count: int) -> None:
+        self.columns = [column for column, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        self.sizes = [tensors[column].numel() for column in self.columns]
+        self.rows = torch.empty(count, sum(self.sizes), dtype=dtype, device=tensors[self.columns[0]].device)
+        self._sent = 0
+        self._sums: list[Any] = []
+
+    def fill(self, task: int, gradients: Gradients | None) -> None:
+        for column, values in zip(self.columns, torch.split(self.rows[task], self.sizes), strict=True):
+            gradient = None if gradients is None else gradients[column]
+            if gradient is None:
+                values.zero_()
+            else:
+                values.copy_(gradient.to_dense().reshape(-1) if gradient.is_sparse else gradient.reshape(-1))
+
+    def send(self, ranks: Ranks, filled: int) -> None:
+        """Begin to sum the rows that are filled and not sent yet, if they are the last or large enough."""
+        waiting = self.rows[self._sent : filled]
+        if filled == len(self.rows) or waiting.nbytes >= SENT_TOGETHER_BYTES:
+            self._sums.append(dist.all_reduce(waiting, group=ranks.group, async_op=True))
+            self._sent = filled
+
+    def wait(self) -> None:
+        for each in self._sums:
+            each.wait()
 
 
 def active_ranks(process_group: Any) -> Ranks | None:

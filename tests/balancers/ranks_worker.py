@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mtlbalance.balancers import ranks
 from mtlbalance.errors import SharedParametersError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -211,6 +212,10 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     inputs, targets = data(world)
+    if world == 2:
+        ranks.SENT_TOGETHER_BYTES = (
+            1  # each task's gradients travel by themselves; three ranks send them together
+        )
     results = {}
     for method in methods:
         for name, scenario in scenarios().items():

@@ -93,7 +93,7 @@ def test_laws_of_the_model(script: Script, ranks: int) -> None:
     assert tenth.sent_bytes - plain.sent_bytes == pytest.approx(
         (exact.sent_bytes - plain.sent_bytes) / 10, rel=1e-6
     )
-    assert exact.extra_bytes == 7 * 4e9
+    assert exact.extra_bytes == 4 * 4e9
     assert model.cost(replace(model.EXACT, update_every=10), job, hardware) == tenth
     assert model.ratio(model.EXACT, job, model.Hardware(links=1)) >= model.ratio(model.EXACT, job, hardware)
     with pytest.raises(ValueError, match="sharded ones are refused"):
