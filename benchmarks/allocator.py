@@ -14,7 +14,6 @@ environment variable, and raised by mallopt() before the first step.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -32,6 +31,8 @@ import workloads
 from measuring import in_words, machine, markdown_header, markdown_row, paired_ratio, rounded, write_json
 from variants import FLOORS, method_variant
 
+from mtlbalance.allocator import keep_freed_memory
+
 THRESHOLD_BYTES, PAD_BYTES = 2**30, 2**26
 TUNABLES = (
     f"glibc.malloc.mmap_threshold={THRESHOLD_BYTES}:glibc.malloc.trim_threshold={THRESHOLD_BYTES}:"
@@ -39,21 +40,8 @@ TUNABLES = (
 )
 AS_IT_IS, BY_ENVIRONMENT, BY_MALLOPT = "as it is", "GLIBC_TUNABLES", "mallopt"
 SETTINGS = (AS_IT_IS, BY_ENVIRONMENT, BY_MALLOPT)
-_MALLOPT = {
-    "M_TRIM_THRESHOLD": (-1, THRESHOLD_BYTES),
-    "M_TOP_PAD": (-2, PAD_BYTES),
-    "M_MMAP_THRESHOLD": (-3, THRESHOLD_BYTES),
-}
 MODELS = ("mlp", "study")
 METHODS = {"plain sum": FLOORS[0], "gaba": method_variant("gaba")}
-
-
-def raise_thresholds() -> None:
-    """Raise the thresholds of this process."""
-    libc = ctypes.CDLL(None)
-    for name, (number, value) in _MALLOPT.items():
-        if libc.mallopt(number, value) != 1:
-            raise OSError(f"mallopt({name}, {value}) was refused")
 
 
 def steps_here(model: str, method: str, steps: int, hidden_size: int, batch_size: int) -> dict[str, float]:
@@ -146,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.here:
         setting, model, method, *numbers = args.here
         if setting == BY_MALLOPT:
-            raise_thresholds()
+            keep_freed_memory()
         print(json.dumps(steps_here(model, method, *map(int, numbers))))
         return
     where = machine(threads=1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mtlbalance.errors import MtlBalanceError
 
 if TYPE_CHECKING:
+    from mtlbalance.allocator import keep_freed_memory
     from mtlbalance.balancers.aligned_mtl import AlignedMTLLoss
     from mtlbalance.balancers.amnl import AMNLLoss
     from mtlbalance.balancers.base import Balancer
@@ -96,6 +97,7 @@ __all__ = [
     "UncertaintyLoss",
     "__version__",
     "failure_weights",
+    "keep_freed_memory",
     "load_run",
     "task_gradient_norms",
 ]
@@ -125,6 +127,7 @@ _HOME = {
     "GraphedStep": "mtlbalance.balancers.graphed_step",
     "IMTLGLoss": "mtlbalance.balancers.imtl_g",
     "IMTLLLoss": "mtlbalance.balancers.imtl_l",
+    "keep_freed_memory": "mtlbalance.allocator",
     "KrumLoss": "mtlbalance.balancers.krum",
     "load_run": "mtlbalance.inference.loaded_run",
     "MGDALoss": "mtlbalance.balancers.mgda",

@@ -29,6 +29,7 @@ FREE_KEYS = frozenset(
         "run.name",
         "run.output_dir",
         "run.device",
+        "run.keep_freed_memory",
         "run.preempt_signal",
         "training.checkpoint_minutes",
         "training.eval_batch_size",
@@ -120,7 +121,7 @@ class RunConfig:
     def free_keys(self) -> frozenset[str]:
         """Return the dotted keys that do not decide the result.
 
-        The run's name, folder, device and signal, how data is loaded and measured, how often a long epoch is
+        The run's name, folder, device, signal and memory, how data is loaded and measured, how often a long epoch is
         saved, the plugins' paths, and what a plugin declares to be places.
         """
         slots: dict[str, PluginConfig] = {

@@ -16,7 +16,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """``[run]``: the run's name, folder, device and signal; only ``seed`` and ``deterministic`` decide the result."""
+    """``[run]``: name, folder, device, signal and memory; only ``seed`` and ``deterministic`` decide the result."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
@@ -30,6 +30,11 @@ class RunSection(Section):
     deterministic: bool = Field(True, description="ask torch for deterministic algorithms")
     preempt_signal: Literal["none", "USR1", "USR2"] = Field(
         "none", description="a signal that stops the run like SIGTERM, as SLURM's --signal sends it"
+    )
+
+    keep_freed_memory: bool = Field(
+        False,
+        description="Linux: keep freed memory for the next step instead of returning it; faster, holds more",
     )
 
     @field_validator("output_dir", mode="before")

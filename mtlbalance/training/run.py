@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mtlbalance.allocator import keep_freed_memory
 from mtlbalance.errors import DataError, MtlBalanceError, RunFolderError, exit_code_of
 from mtlbalance.slots import MultiTaskData
 from mtlbalance.training import atomic
@@ -76,6 +77,8 @@ def run_training(
     """
     run_dir = out if out is not None else default_run_dir(config)
     place = run_dir.absolute()  # a plugin may go to another folder
+    if config.run.keep_freed_memory:
+        keep_freed_memory()
     with ExitStack() as stack:
         stop = stack.enter_context(stops_on_signals(config.run.preempt_signal))
         team = stack.enter_context(join_team())

@@ -53,6 +53,7 @@ _OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
         lambda text: text.strip() and text[0] != "~" and Path(text) != Path()
     ),
     "run.deterministic": st.booleans(),
+    "run.keep_freed_memory": st.booleans(),
     "training.lr": st.floats(5e-6, 10),
     "training.epochs": st.integers(1, 10**9),
     "training.weight_decay_late": st.floats(0, 1),
