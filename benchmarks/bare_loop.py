@@ -71,7 +71,10 @@ def train(
     ema_decay: float = 0.999,
 ) -> float:
     """Train and return the mean loss of the last epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, foreach=True)
+    fused = torch.get_num_threads() == 1 or training[0].is_cuda  # as a run has it
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, weight_decay=1e-4, fused=fused, foreach=not fused
+    )
     average = AveragedModel(
         model,
         multi_avg_fn=get_ema_multi_avg_fn(ema_decay),  # type: ignore[no-untyped-call]

@@ -216,7 +216,8 @@ def test_what_is_saved_of_a_long_epoch_is_what_is_done_of_it() -> None:
 def test_a_run_that_goes_on_elsewhere_takes_the_optimizer_of_that_device(configure: Any, plugin: Any) -> None:
     config = configure()
     here, elsewhere = (build_state(config, build_data(config), torch.device("cpu")) for _ in range(2))
+    [(fused, foreach)] = [(group["fused"], group["foreach"]) for group in here.optimizer.param_groups]
     for group in elsewhere.optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False  # as on CUDA
+        group["fused"], group["foreach"] = foreach, fused  # as with another device, or other threads
     here.load_state_dict(elsewhere.weights(), elsewhere.state_dict([rng_state()]))
-    assert [(g["fused"], g["foreach"]) for g in here.optimizer.param_groups] == [(False, True)]
+    assert [(g["fused"], g["foreach"]) for g in here.optimizer.param_groups] == [(fused, foreach)]

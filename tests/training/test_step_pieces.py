@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mtlbalance import FixedWeightLoss
+from mtlbalance.config.sections import TrainingSection
 from mtlbalance.errors import NonFiniteError, TrainingError
 from mtlbalance.slots import TaskSpec
 from mtlbalance.training.evaluation import WeightEMA
 from mtlbalance.training.memory import names_out_of_memory
 from mtlbalance.training.model import MultiTaskModel
-from mtlbalance.training.optimizers import clip_gradients
+from mtlbalance.training.optimizers import clip_gradients, make_optimizer
 from mtlbalance.training.step_losses import StepLosses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # StepLosses asks the second for nothing
@@ -72,6 +75,44 @@ def test_a_model_that_grows_a_buffer_while_it_trains_is_noticed() -> None:
     model.trunk.register_buffer("late", torch.zeros(1))
     with pytest.raises(TrainingError, match=r"buffers have changed .*trunk\.late"):
         ema.copy_the_rest(model)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_one_thread_takes_the_fused_optimizer_and_comes_to_the_same_weights(
+    threads: Callable[[int], None],
+) -> None:
+    ended: list[list[Tensor]] = []
+    for count in (1, 2):
+        threads(count)
+        torch.manual_seed(0)
+        heads = nn.ModuleDict({"a": nn.Linear(4, 1)})
+        model = MultiTaskModel(nn.Linear(3, 4), heads, [TaskSpec("a", "regression", "mse")]).double()
+        inputs = torch.randn(8, 3, dtype=torch.float64)
+        balancer = FixedWeightLoss(["a"])
+        optimizer = make_optimizer(model, balancer, TrainingSection(lr=0.01, weight_decay=0.1))
+        assert [group["fused"] for group in optimizer.param_groups] == [count == 1]
+        assert [group["foreach"] for group in optimizer.param_groups] == [count != 1]
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(inputs)["a"].sub(3.0).square().mean().backward()
+            optimizer.step()
+        ended.append([parameter.detach() for parameter in model.parameters()])
+    torch.testing.assert_close(*ended, rtol=1e-10, atol=1e-12)
+
+
+def test_complex_weights_do_not_take_the_fused_optimizer(threads: Callable[[int], None]) -> None:
+    threads(1)
+    model = small_model()
+    model.heads["a"] = nn.Linear(4, 1, dtype=torch.complex64)
+    [group] = make_optimizer(model, FixedWeightLoss(["a"]), TrainingSection()).param_groups
+    assert (group["fused"], group["foreach"]) == (False, True)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.998, 0.9995, 1.0, 1.0005, 50.0, 0.0, math.inf, math.nan])
