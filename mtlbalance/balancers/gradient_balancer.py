@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlbalance.balancers.base import Balancer, Call, Reads, Sync
+from mtlbalance.balancers.batched import batched_gradients
 from mtlbalance.balancers.checks import integer, one_of
 from mtlbalance.balancers.delivery import GradientSum
 from mtlbalance.balancers.ghost import Layer, ghost_layers
@@ -46,7 +47,7 @@ from mtlbalance.balancers.signals import (
 )
 from mtlbalance.errors import InvalidArgumentError, SharedParametersError
 
-Delivery = Literal["auto", "direct", "weighted_sum", "low_memory"]
+Delivery = Literal["auto", "direct", "weighted_sum", "low_memory", "batched"]
 
 _HALF_CHECK_EVERY = 100  # probes between looks for float16 in the graph, where autocast does not tell
 
@@ -228,7 +229,7 @@ class GradientBalancer(Balancer):
         reach = trace(losses, shared)
         if reach.opaque and not self.scale_heads:
             raise hidden_heads(self.weighted_heads)
-        if self.delivery == "auto" and reach.several and not come_for_free(reach.several, losses, shared):
+        if self.delivery != "direct" and reach.several and not come_for_free(reach.several, losses, shared):
             return self._plan_by_weighted_sum(call, shared, reach)
         own = dict(zip(call.losses, reach.own, strict=False))  # those of the zeros come last
         others = [*reach.several, *(tensor for tensors in reach.own for tensor in tensors)]
@@ -247,7 +248,7 @@ class GradientBalancer(Balancer):
 
     def _layers(self, call: Call, shared: list[Tensor], reach: Reach | None) -> dict[int, Layer]:
         """Return the layers whose weight gradients are kept as factors."""
-        if not self.reads_products or self.delivery == "low_memory" or call.ranks is not None:
+        if not self.reads_products or self.delivery in ("low_memory", "batched") or call.ranks is not None:
             return {}  # ranks average the gradients themselves
         return ghost_layers(shared, list(call.losses.values()), None if reach is None else reach.products)
 
@@ -264,8 +265,10 @@ class GradientBalancer(Balancer):
             leaves = [column for column, tensor in enumerate(plan.shared) if tensor.is_leaf]
             means = GradientMeans(call.ranks, [plan.shared[column] for column in leaves], call.counts_K)
         with as_if_unseen(plan.all()):
+            if self.delivery == "batched":
+                rows, of_own = batched_gradients(call, plan, scales_K, self.tasks)
             for index in call.losses if means is None else range(len(self.tasks)):
-                if index in call.losses:
+                if index in call.losses and index not in rows:
                     rows[index], of_own[index] = self._differentiate(call, plan, scales_K, index)
                 if means is not None:
                     means.add(_taken_from(rows[index], leaves) if index in rows else None)

@@ -240,6 +240,13 @@ def has_static_graph(losses: Iterable[Tensor]) -> bool:
     return False
 
 
+def beyond(edge: Edge) -> Edge:
+    """Return where an edge leads, beyond nodes that only pass gradients on."""
+    while _passes(edge[0]):
+        edge = edge[0].next_functions[edge[1]]
+    return edge
+
+
 def _edge(tensor: Tensor) -> Edge:
     return (tensor.grad_fn, tensor.output_nr)
 

@@ -39,9 +39,10 @@ class ConFIGOptions(CombiningOptions):
     """Options of ``config``."""
 
     update_every: int = Field(1, ge=1, description="steps between measurements of the task gradients")
-    delivery: Literal["auto", "direct", "weighted_sum", "low_memory"] = Field(
+    delivery: Literal["auto", "direct", "weighted_sum", "low_memory", "batched"] = Field(
         "auto",
-        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little",
+        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little; "
+        "batched: all tasks in one pass (GPU)",
     )
 
 

@@ -43,7 +43,7 @@ def expect_gradients(problem: Problem, found: Gradients, expected: Gradients, wh
 @CHECKS.add(applies=delivers_a_weighted_sum)
 def every_grad_is_the_weighted_sum(case: BalancerCase) -> None:
     """Every .grad is Σ applied·∂L; that of a head alone is ∂L where the class says scale_heads = False."""
-    for delivery in ("auto", "direct", "weighted_sum", "low_memory"):
+    for delivery in ("auto", "direct", "weighted_sum", "low_memory", "batched"):
         problem = make_problem(TASKS)
         balancer = case.new(warmup_steps=0, beta=0.3, delivery=delivery)
         for call in range(2):
