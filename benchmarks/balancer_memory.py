@@ -76,7 +76,7 @@ def measure_workload(workload: Workload, variants: Sequence[Variant]) -> dict[st
         try:
             found = held(variant, workload)
         except Exception as error:
-            if variant.source in ("floor", "mtlbalance"):
+            if not variant.may_fail:
                 raise
             rows.append(row | {"failure": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
             continue

@@ -59,7 +59,7 @@ def measure_workload(
         variant.name: Entry(
             variant.steps(workload, optimizer),
             variant.multiple_of,
-            may_fail=variant.source not in ("floor", "mtlbalance"),
+            may_fail=variant.may_fail,
         )
         for variant in variants
     }

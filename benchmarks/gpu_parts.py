@@ -154,7 +154,7 @@ def test_turn(report: Path) -> Turn:
     return Turn("done", [("GPU-marked tests", said)], ", ".join(bad[:5]))
 
 
-_STEPS = "--methods fixed gaba pcgrad PEERS"
+_STEPS = "--methods fixed gaba pcgrad --batched PEERS"
 _SMALL = "--rounds 1 1 --slice-seconds 0.0001 --batch-size 4 --methods gaba"
 
 # In this order.
@@ -198,7 +198,7 @@ PARTS = (
         "memory",
         Script(
             "memory",
-            "balancer_memory.py --layers conv --tasks 2 4 8 16 --methods gaba pcgrad graddrop PEERS",
+            "balancer_memory.py --layers conv --tasks 2 4 8 16 --methods gaba pcgrad graddrop --batched PEERS",
             "balancer_memory.py --layers conv --tasks 2 --width 16 --methods gaba",
             memory_lines,
         ),

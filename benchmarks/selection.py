@@ -9,7 +9,7 @@ import methods
 import peer_libmtl
 import peer_torchjd
 import torch
-from variants import FLOORS, Variant, own_variants
+from variants import BATCHED, FLOORS, Variant, own_variants
 
 PEERS = ("torchjd", "libmtl")
 
@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="config names; default: all of them",
     )
+    parser.add_argument(
+        "--batched", action="store_true", help="also the trunk passed once for all tasks; meant for GPUs"
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="measure these beside")
     parser.add_argument(
         "--libmtl", type=Path, metavar="PATH", help="a checkout of LibMTL, for --peers libmtl"
@@ -36,7 +39,8 @@ def chosen_variants(
     parser: argparse.ArgumentParser, args: argparse.Namespace, *, timed: bool = True
 ) -> list[Variant]:
     """Return the floors, the methods, and the peers that were asked for; end with what is missing."""
-    found = [*FLOORS, *own_variants(args.methods)]
+    batched = [variant for variant in BATCHED if args.batched and variant.method in args.methods]
+    found = [*FLOORS, *own_variants(args.methods), *batched]
     if "torchjd" in args.peers:
         if not peer_torchjd.INSTALLED:
             parser.error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import methods
@@ -68,6 +68,7 @@ class Variant:
         steps: makes the endless iterator of steps.
         multiple_of: in a measurement, a multiple of so many steps.
         plain: the name of the plain sum of its kind: as it is, or compiled, say, as this is.
+        asks_much: it needs what torch does not have for every trunk, so that an error is a finding.
     """
 
     source: str
@@ -76,6 +77,12 @@ class Variant:
     steps: Steps
     multiple_of: int = 1
     plain: str = PLAIN
+    asks_much: bool = False
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether an error is a finding, and not the end; code of others may."""
+        return self.asks_much or self.source not in ("floor", "mtlbalance")
 
     @property
     def name(self) -> str:
@@ -192,6 +199,10 @@ GABA_FORMS = (
 )
 LOW_MEMORY = tuple(
     method_variant(method, "low memory", delivery="low_memory") for method in ("gaba", "pcgrad")
+)
+BATCHED = tuple(
+    replace(method_variant(method, "batched", delivery="batched"), asks_much=True)
+    for method in ("gaba", "pcgrad")
 )
 
 

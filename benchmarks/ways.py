@@ -22,6 +22,7 @@ from workloads import Workload
 _NOT_IN_WAYS = (
     "K+1 passes",
     "low memory",
+    "batched",
     "autogram",
     "fused AdamW",
 )  # forms that are measured as they are alone

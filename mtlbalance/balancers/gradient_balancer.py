@@ -77,7 +77,9 @@ class GradientBalancer(Balancer):
             that alternate in step with N, choose another N. Default 1.
         delivery: ``"auto"``, ``"direct"``, ``"weighted_sum"``, or ``"low_memory"``: by weighted sum, and of the
             measured gradients one task's (norms) or two tasks' (Gramians) are held at a time, not K. Norms take
-            K + 1 passes, Gramians K(K + 1)/2.
+            K + 1 passes, Gramians K(K + 1)/2. ``"batched"``: as ``"auto"``, but what tasks share is passed once for all
+            of them (vmap): slower on a CPU, for GPUs that a small model's kernels do not fill; not measured there yet.
+            cuDNN's recurrent layers and compiled modules have no rule for it, which is an error.
         sync: over ranks. ``"gradients"`` averages each task's gradients before they are read, so that N ranks
             weigh as one; ``"norms"`` averages the ranks' own norms, a cheap approximation; ``"none"`` nothing.
         process_group: the ranks to agree with; None: the default group.
