@@ -100,10 +100,13 @@ def ladder_lines(figures: dict[str, Any]) -> Lines:
     """Return a line a rung: samples a second by method, and what they cost beside fixed weights."""
     rungs: dict[str, list[str]] = {}
     for row in figures["ladder"]:
-        gain = f", gain {row['gain']['median']:.2f}" if "gain" in row else ""
-        said = (
-            f"{row['method']} {row['samples_per_second']:,} ({row['to_fixed']['median']:.2f} of fixed{gain})"
-        )
+        if "failure" in row:
+            rungs.setdefault(row["rung"], []).append(f"{row['method']}: {row['failure'][:60]}")
+            continue
+        to_fixed = f"{row['to_fixed']['median']:.2f} of fixed" if row["to_fixed"] else ""
+        gain = f"gain {row['gain']['median']:.2f}" if "gain" in row else ""
+        notes = ", ".join(filter(None, (to_fixed, gain)))
+        said = f"{row['method']} {row['samples_per_second']:,} ({notes})"
         rungs.setdefault(row["rung"], []).append(said)
     skipped = [(rung, "skipped: needs CUDA") for rung in figures["needs_cuda"]]
     return [*((rung, " · ".join(said)) for rung, said in rungs.items()), *skipped]
@@ -111,7 +114,7 @@ def ladder_lines(figures: dict[str, Any]) -> Lines:
 
 def packed_lines(figures: dict[str, Any]) -> Lines:
     """Return one line: samples a second by the number of processes."""
-    said = [f"{row['processes']}: {row['samples_per_second']:,}" for row in figures["packed"]]
+    said = [f"{row['processes']}: {row['samples_per_second']:,} ({row['rung']})" for row in figures["packed"]]
     return [("processes: samples a second, together", " · ".join(said))]
 
 
@@ -216,6 +219,18 @@ PARTS = (
         ),
         150,
         90,
+    ),
+    Part(
+        "ladder_mlp",
+        Script(
+            "ladder_mlp",
+            "throughput.py --only ladder --model mlp --tasks 8 --seconds 30",
+            "throughput.py --only ladder --model mlp --tasks 2 --hidden-size 8 --batch-size 4 --samples 16 "
+            "--workers 0 --rounds 1 1 --slice-seconds 0.0001 --seconds 1",
+            ladder_lines,
+        ),
+        120,
+        70,
     ),
     Part(
         "packed",

@@ -41,7 +41,16 @@ def test_the_quick_form_does_what_a_cpu_can_and_the_next_call_goes_on(
         "table",
     }
     assert {name for name, found in later.items() if found["state"] == "done"} == {
-        *("run_paper", "run_honest", "steps_study", "steps_mlp", "steps_resnet", "memory", "ladder"),
+        *(
+            "run_paper",
+            "run_honest",
+            "steps_study",
+            "steps_mlp",
+            "steps_resnet",
+            "memory",
+            "ladder",
+            "ladder_mlp",
+        ),
     }
     assert all(later[name] == notes[name] for name in ("run_paper", "steps_mlp"))
     printed = capsys.readouterr().out
