@@ -14,7 +14,7 @@ from compatibility import NEEDS_CUDA
 from reference_loop import OPTIONS, TASKS, Loop, amp_loop
 from torch import Tensor, nn
 
-from mtlbalance.errors import NonFiniteWarning
+from mtlbalance.errors import InvalidArgumentError, NonFiniteWarning
 
 pytestmark = [
     pytest.mark.cuda,
@@ -158,3 +158,18 @@ def test_a_step_waits_for_nothing(make, method, problem, features):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert balancer.num_nonfinite == 0
+
+
+@pytest.mark.parametrize("batched", ["gaba", "pcgrad", "upgrad", "excess-mtl"])
+def test_the_batched_pass_equals_the_cpu_in_float64(make, problem, batched):
+    balancer, twin = make(batched, TASKS, **OPTIONS, delivery="batched"), make(batched, TASKS, **OPTIONS)
+    Loop(balancer, twin, problem(TASKS, dtype=torch.float64), device="cuda").run()
+
+
+def test_a_cudnn_lstm_cannot_be_passed_for_all_tasks_at_once(make, problem):
+    p = problem(TASKS, RecurrentTrunk())
+    for module in (p.trunk, p.heads):
+        module.cuda()
+    p.inputs, p.targets = p.inputs.cuda(), {task: target.cuda() for task, target in p.targets.items()}
+    with pytest.raises(InvalidArgumentError, match="delivery='batched' is not possible"):
+        p.call(make("gaba", TASKS, delivery="batched"))

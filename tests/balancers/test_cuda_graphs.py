@@ -123,6 +123,13 @@ def test_with_clipping_and_bf16(make, problem):
     follow(one, other, one.graphed(), rtol=1e-3, atol=1e-4)
 
 
+def test_with_the_tasks_in_one_pass(problem):
+    one, other = (
+        Training(problem(TASKS), GABALoss(TASKS, warmup_steps=2, delivery="batched")) for _ in range(2)
+    )
+    follow(one, other, one.graphed())
+
+
 def test_a_recurrent_trunk(make, problem):
     class Recurrent(torch.nn.Module):
         def __init__(self):
