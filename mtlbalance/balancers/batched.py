@@ -75,7 +75,8 @@ def _together(losses: Mapping[int, Tensor], plan: Plan, *, retain_graph: bool) -
         arriving = []
         for place, (index, loss) in enumerate(losses.items()):
             ends = [*above, *plan.own[index]]
-            gradients = task_gradients(loss, [*outputs, *ends], retain_graph=retain_graph)
+            keep = retain_graph or place + 1 < len(losses)  # DDP's node, or a hook's, lies above all heads
+            gradients = task_gradients(loss, [*outputs, *ends], retain_graph=keep)
             arriving.append(gradients[: len(outputs)])
             found[place] |= {id(end): g for end, g in zip(ends, gradients[len(outputs) :], strict=True)}
     passed = _pass_together(outputs, arriving, leaves, retain_graph=retain_graph)

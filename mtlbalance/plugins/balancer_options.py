@@ -17,6 +17,14 @@ Sync: TypeAlias = Annotated[
     Field(description="what is averaged over ranks before it is read; gradients: exact"),
 ]
 
+Delivery: TypeAlias = Annotated[
+    Literal["auto", "direct", "weighted_sum", "low_memory", "batched"],
+    Field(
+        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little; "
+        "batched: all tasks in one pass (GPU)"
+    ),
+]
+
 
 class _Weighted(PluginConfig):
     weights: dict[str, Weight] | list[Weight] | None = Field(
@@ -50,11 +58,7 @@ class GABAOptions(PluginConfig):
         0.05, ge=0, le=1, description="floor of a weight before renormalising; at most 1/K"
     )
     update_every: int = Field(1, ge=1, description="steps between measurements of the gradient norms")
-    delivery: Literal["auto", "direct", "weighted_sum", "low_memory", "batched"] = Field(
-        "auto",
-        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little; "
-        "batched: all tasks in one pass (GPU)",
-    )
+    delivery: Delivery = "auto"
     sync: Sync = "gradients"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from mtlbalance.errors import did_you_mean
-from mtlbalance.plugins.balancer_options import Sync
+from mtlbalance.plugins.balancer_options import Delivery, Sync
 from mtlbalance.plugins.loss_balancer_options import Positive, check_by_task
 from mtlbalance.plugins.registrations import BalancerRegistration, FromClass, PluginConfig, Problem
 from mtlbalance.slots import TaskSpec
@@ -22,11 +22,7 @@ class GramianOptions(PluginConfig):
 
     scale_heads: bool = Field(False, description="weight the parameters of one task alone, too")
     update_every: int = Field(1, ge=1, description="steps between measurements of the task gradients")
-    delivery: Literal["auto", "direct", "weighted_sum", "low_memory", "batched"] = Field(
-        "auto",
-        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little; "
-        "batched: all tasks in one pass (GPU)",
-    )
+    delivery: Delivery = "auto"
     sync: Sync = "gradients"
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from mtlbalance.plugins.balancer_options import Sync
+from mtlbalance.plugins.balancer_options import Delivery, Sync
 from mtlbalance.plugins.loss_balancer_options import check_by_task
 from mtlbalance.plugins.registrations import BalancerRegistration, FromClass, PluginConfig
 
@@ -39,11 +39,7 @@ class ConFIGOptions(CombiningOptions):
     """Options of ``config``."""
 
     update_every: int = Field(1, ge=1, description="steps between measurements of the task gradients")
-    delivery: Literal["auto", "direct", "weighted_sum", "low_memory", "batched"] = Field(
-        "auto",
-        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little; "
-        "batched: all tasks in one pass (GPU)",
-    )
+    delivery: Delivery = "auto"
 
 
 class MoCoOptions(CombiningOptions):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from mtlbalance.errors import did_you_mean
-from mtlbalance.plugins.balancer_options import Sync
+from mtlbalance.plugins.balancer_options import Delivery, Sync
 from mtlbalance.plugins.registrations import BalancerRegistration, FromClass, PluginConfig, Problem
 from mtlbalance.slots import TaskSpec
 
@@ -30,11 +30,7 @@ class MeasuringOptions(LossOptions):
     """The options of those that read task gradients."""
 
     update_every: int = Field(1, ge=1, description="steps between measurements of the task gradients")
-    delivery: Literal["auto", "direct", "weighted_sum", "low_memory", "batched"] = Field(
-        "auto",
-        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little; "
-        "batched: all tasks in one pass (GPU)",
-    )
+    delivery: Delivery = "auto"
 
 
 class UncertaintyOptions(LossOptions):
@@ -75,11 +71,7 @@ class RLWOptions(LossOptions):
 class RGWOptions(RLWOptions):
     """Options of ``rgw``."""
 
-    delivery: Literal["auto", "direct", "weighted_sum", "low_memory", "batched"] = Field(
-        "auto",
-        description="direct: reuse what is measured; weighted_sum: a pass more; low_memory: hold little; "
-        "batched: all tasks in one pass (GPU)",
-    )
+    delivery: Delivery = "auto"
 
 
 class GLSOptions(LossOptions):

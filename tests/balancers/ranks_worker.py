@@ -69,6 +69,8 @@ def scenarios() -> dict[str, dict]:
         "features": {"features": True},
         "low memory": {"delivery": "low_memory", "missing": "b"},
         "low memory, features": {"delivery": "low_memory", "features": True},
+        "batched": {"delivery": "batched", "missing": "b"},
+        "batched, empty": {"delivery": "batched", "empty": "b"},
         "absent on rank 1": {"missing": "b"},
         "absent, by weighted sum": {"missing": "b", "delivery": "weighted_sum"},
         "absent, features": {"missing": "b", "features": True},

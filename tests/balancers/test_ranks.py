@@ -112,6 +112,9 @@ def assert_equal(ranks: list[dict], key: str, expected: dict, *, weightless: boo
             "absent, by weighted sum",
             "empty on rank 1",
             "empty, by weighted sum",
+            "low memory",
+            "batched",
+            "batched, empty",
         ],
         "no task on a rank": ["no task on rank 1"],
         "hooks, N ranks": ["hooks"],
@@ -124,7 +127,7 @@ def test_ranks_equal_one_process(method, weightless, runs, worker, name):
 
 @situations(
     **{
-        "features, N ranks": ["features"],
+        "features, N ranks": ["features", "low memory, features"],
         "task absent on a rank": ["absent, features", "empty, features"],
         "no task on a rank": ["no task, features"],
         "FSDP2, features": ["sharded, features"],
