@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from mtlbalance.balancers.base import Call, Reads, Sync, WeightSum
 from mtlbalance.balancers.gradient_balancer import Delivery, GradientBalancer
 from mtlbalance.balancers.one_at_a_time import OneAtATime
-from mtlbalance.balancers.presence import all_finite, both, choose, share_of_present
+from mtlbalance.balancers.presence import all_finite, both, choose, is_everyone, share_of_present
 from mtlbalance.balancers.probe import Probe
 from mtlbalance.balancers.products import gram_matrix
 from mtlbalance.balancers.signals import Signals
@@ -97,9 +98,8 @@ class GramianBalancer(GradientBalancer):
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for the present tasks if there is something new and finite, else keep the last weights."""
         if signals.gramian_KK is not None and bool(signals.finite):
-            present = signals.present_K.cpu().numpy()
-            weights = self._solve_present(present, signals.gramian_KK, signals.losses_K)
-            if not np.isfinite(weights).all():
+            weights = self._solve_present(signals.present_K, signals.gramian_KK, signals.losses_K)
+            if not all(map(math.isfinite, weights.tolist())):
                 raise BalancerError(
                     f"{self.get_name()} found no finite weights for the Gramian\n{signals.gramian_KK.cpu().numpy()}"
                 )
@@ -111,10 +111,14 @@ class GramianBalancer(GradientBalancer):
             return solved_K
         return self.current_weights(signals.present_K)
 
-    def _solve_present(self, present: NDArray[np.bool_], gramian_KK: Tensor, losses_K: Tensor) -> Array:
+    def _solve_present(self, present_K: Tensor, gramian_KK: Tensor, losses_K: Tensor) -> Array:
         gramian = gramian_KK.double().cpu().numpy()
-        losses = losses_K.double().cpu().numpy()
-        pulling = present & (gramian.diagonal() > 0)
+        losses = np.array(losses_K.tolist())
+        pulls = gramian.diagonal() > 0
+        if is_everyone(present_K) and len(losses) > 1 and all(pulls.tolist()):
+            return self.solve_for(np.arange(len(losses)), gramian.copy(), losses)
+        present = present_K.cpu().numpy()
+        pulling = present & pulls
         weights = np.zeros(len(self.tasks))
         if present.sum() == 1:
             weights[present] = 1.0  # nothing to balance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from mtlbalance.balancers.signals import Gradients, real_parts
 
 _TRIANGLE_FROM = 4  # tasks: of fewer the whole product is as fast
-_BLOCK_NUMBERS = 2**22  # copied to float64, and multiplied, at a time
+_CPU_BLOCK_NUMBERS, _BLOCK_NUMBERS = 2**20, 2**22  # copied to float64, and multiplied, at a time
+_KEPT = threading.local()  # the CPU's memory for such a block, which every call uses again
 
 
 def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
@@ -32,7 +34,7 @@ def cross_products(first_KP: Tensor, second_KP: Tensor) -> Tensor:
     dtype = product_dtype(first_KP.device)
     count, width = first_KP.shape
     total = torch.zeros(count, count, dtype=dtype, device=first_KP.device)
-    step = max(1, _BLOCK_NUMBERS // count)
+    step = _widest_block(count, first_KP.device)
     with torch.autocast(first_KP.device.type, enabled=False):
         for start in range(0, width, step):  # copies in float64 would be larger than the gradients
             columns = slice(start, start + step)
@@ -41,8 +43,10 @@ def cross_products(first_KP: Tensor, second_KP: Tensor) -> Tensor:
 
 
 def _blocks(rows: Sequence[Gradients]) -> Iterator[Tensor]:
-    """Yield all gradients of K tasks as (K, C) blocks in float64, small tensors together and large ones in pieces."""
-    width = max(1, _BLOCK_NUMBERS // len(rows))  # all copies at once would be larger than the gradients
+    """Yield all gradients of K tasks as (K, C) blocks in float64, small tensors together and large ones in pieces.
+
+    A block is valid until the next one is asked for.
+    """
     pieces: list[Gradients] = []
     size = 0
     for position in range(max((len(row) for row in rows), default=0)):
@@ -51,6 +55,7 @@ def _blocks(rows: Sequence[Gradients]) -> Iterator[Tensor]:
         found = next((gradient for gradient in flat if gradient is not None), None)
         if found is None:
             continue
+        width = _widest_block(len(rows), found.device)
         for start in range(0, found.numel(), width):
             stop = min(start + width, found.numel())
             if pieces and (size + stop - start > width or found.device != _device_of(pieces[0])):
@@ -62,11 +67,16 @@ def _blocks(rows: Sequence[Gradients]) -> Iterator[Tensor]:
         yield _block(pieces)
 
 
+def _widest_block(count: int, device: torch.device) -> int:
+    """Return C: all copies at once would be larger than the gradients."""
+    return max(1, (_CPU_BLOCK_NUMBERS if device.type == "cpu" else _BLOCK_NUMBERS) // count)
+
+
 def _block(pieces: Sequence[Gradients]) -> Tensor:
     """Return pieces of K tasks' gradients, each a list of K or None, side by side as one (K, C) block."""
     device = _device_of(pieces[0])
     sizes = [next(gradient.numel() for gradient in piece if gradient is not None) for piece in pieces]
-    block_KC = torch.empty(len(pieces[0]), sum(sizes), dtype=product_dtype(device), device=device)
+    block_KC = _memory(len(pieces[0]), sum(sizes), device)
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for task, row_C in enumerate(block_KC.unbind()):
@@ -79,6 +89,21 @@ def _block(pieces: Sequence[Gradients]) -> Tensor:
                 sources.append(source)
     torch._foreach_copy_(targets, sources)
     return block_KC
+
+
+def _memory(count: int, width: int, device: torch.device) -> Tensor:
+    """Return an uninitialised (K, C) block; on a CPU in memory that is kept, up to 8 MB.
+
+    The C library would hand megabytes back to the system after each call, and to fault them in again takes several
+    times as long as to fill them.
+    """
+    if device.type != "cpu":
+        return torch.empty(count, width, dtype=product_dtype(device), device=device)
+    kept: Tensor | None = getattr(_KEPT, "numbers", None)
+    if kept is None or kept.numel() < count * width:
+        with torch.inference_mode(False):
+            kept = _KEPT.numbers = torch.empty(count * width, dtype=torch.float64, device="cpu")
+    return kept[: count * width].view(count, width)
 
 
 def _products(block_KC: Tensor) -> Tensor:
