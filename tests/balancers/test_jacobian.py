@@ -597,7 +597,7 @@ def test_heads_get_their_own_gradient(cls, problem):
 
 @pytest.mark.parametrize(("cls", "copies"), [(GradDropLoss, 3), (TrimmedMeanLoss, 8)])
 def test_gradients_are_not_kept_until_the_last_is_known(cls, copies):
-    """Of 12 tasks' gradients no more is alive at once than the methods say; where tasks are weighed it is all of them."""
+    """Of 12 tasks' gradients no more is alive at once than the methods say; methods that weigh tasks hold all."""
 
     def peak(balancer) -> float:
         theta = torch.zeros(50_000, requires_grad=True)
