@@ -11,7 +11,8 @@ from torch import Tensor
 from mtlbalance.balancers.base import Sync
 from mtlbalance.balancers.checks import known_task, one_of, task_names
 from mtlbalance.balancers.learned_weights import LearnedWeights
-from mtlbalance.balancers.presence import only
+from mtlbalance.balancers.presence import choose, only
+from mtlbalance.balancers.signals import Signals
 from mtlbalance.errors import InvalidArgumentError
 
 KINDS = ("regression", "classification")
@@ -76,6 +77,15 @@ class UncertaintyLoss(LearnedWeights):
         """Return f."""
         terms_K = self.loss_factors * torch.exp(-self.log_scales) * losses_K + 0.5 * self.log_scales
         return only(present_K, terms_K).sum()
+
+    def _slopes(self, signals: Signals, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Return f and its slopes in closed form: c·e^(−s) by a loss, 1/2 − c·e^(−s)·L by s."""
+        present_K, scales_K = signals.present_K, self.log_scales.detach()
+        pulls_K = self.loss_factors * torch.exp(-scales_K)
+        terms_K = pulls_K * choose(present_K, signals.losses_K, 1.0)
+        objective = only(present_K, terms_K + 0.5 * scales_K).sum()
+        slopes = [only(present_K, 0.5 - terms_K)] if learned else []
+        return objective, only(present_K, pulls_K), slopes
 
 
 def _kinds(kinds: Mapping[str, str] | None, tasks: Sequence[str]) -> list[str]:
