@@ -27,11 +27,11 @@ Rows = dict[int, Gradients]
 def batched_gradients(
     call: Call, plan: Plan, scales_K: Tensor | None, tasks: Sequence[str]
 ) -> tuple[Rows, Rows]:
-    """Return each task's gradients of ``plan.shared`` and ``plan.several``, and those of its own leaves.
+    """Return the gradients of several tasks of ``plan.shared`` and ``plan.several``, and those of their own leaves.
 
     Args:
         call: whose losses are differentiated.
-        plan: by what they are. Of representations only heads are passed, one after another.
+        plan: by what they are: leaves, as of representations there is nothing to batch.
         scales_K: what the losses are multiplied by before, or None.
         tasks: their names, for messages.
 
@@ -42,15 +42,7 @@ def batched_gradients(
     losses = call.losses
     if scales_K is not None:
         losses = {index: loss * scales_K[index] for index, loss in losses.items()}
-    keep = call.retain_graph or not plan.direct
-    if len(losses) > 1 and all(tensor.is_leaf for tensor in plan.shared):
-        found = _together(losses, plan, retain_graph=keep)
-    else:
-        last = next(reversed(losses), None)
-        found = {
-            index: task_gradients(loss, plan.ends_of(index), retain_graph=keep or index != last)
-            for index, loss in losses.items()
-        }
+    found = _together(losses, plan, retain_graph=call.retain_graph or not plan.direct)
     width = len(plan.shared) + len(plan.several)
     for index, row in found.items():
         require_related(tasks[index], row, plan.shared)

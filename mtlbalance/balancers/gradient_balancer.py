@@ -267,7 +267,8 @@ class GradientBalancer(Balancer):
             leaves = [column for column, tensor in enumerate(plan.shared) if tensor.is_leaf]
             means = GradientMeans(call.ranks, [plan.shared[column] for column in leaves], call.counts_K)
         with as_if_unseen(plan.all()):
-            if self.delivery == "batched":
+            leaves_alone = all(tensor.is_leaf for tensor in plan.shared)  # else only heads are passed
+            if self.delivery == "batched" and leaves_alone and len(call.losses) > 1:
                 rows, of_own = batched_gradients(call, plan, scales_K, self.tasks)
             for index in call.losses if means is None else range(len(self.tasks)):
                 if index in call.losses and index not in rows:

@@ -89,7 +89,7 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
     stops = _edges_of(shared)
     below_of: dict[Node, Sequence[Edge]] = {}
     first_by: dict[Node, int] = {}
-    meetings: dict[Node, None] = {}
+    meetings: set[Node] = set()
     leaf_nodes: list[Node] = []
     products: list[Node] = []
     for index, loss in enumerate(losses):
@@ -102,7 +102,7 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
             first = first_by.get(node)
             if first is not None:
                 if first != index:
-                    meetings[node] = None
+                    meetings.add(node)
                 continue
             name = type(node).__name__
             if name in _PASS_THROUGH:
@@ -123,9 +123,10 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
     for node in leaf_nodes:
         leaf: Tensor = node.variable
         if (
-            leaf.requires_grad and id(leaf) not in shared_ids
-        ):  # frozen after the forward pass: no leaf any more
-            (several if node in met else own[first_by[node]]).append(leaf)
+            not leaf.requires_grad or id(leaf) in shared_ids
+        ):  # frozen after the forward pass, or what was asked for
+            continue
+        (several if node in met else own[first_by[node]]).append(leaf)
     for index, loss in enumerate(losses):
         if loss.is_leaf and loss.requires_grad and id(loss) not in shared_ids:
             own[index].append(loss)  # a loss that is itself a parameter
