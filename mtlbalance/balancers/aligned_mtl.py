@@ -71,7 +71,13 @@ class AlignedMTLLoss(GramianBalancer):
         values, vectors = np.linalg.eigh(gramian)
         kept = values > 1e-10 * values[-1]
         values, vectors = values[kept], vectors[:, kept]
-        level = {"min": values[0], "median": np.median(values), "mean": values.mean()}[self.scale]
+        match self.scale:
+            case "min":
+                level = values[0]
+            case "median":
+                level = np.median(values)
+            case _:
+                level = values.mean()
         balance = np.sqrt(level) * (vectors / np.sqrt(values)) @ vectors.T
         weights: Array = balance.mean(axis=1)
         return weights

@@ -12,7 +12,7 @@ from mtlbalance.balancers.base import Sync
 from mtlbalance.balancers.checks import one_of, real
 from mtlbalance.balancers.gradient_balancer import Delivery
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer, Indices
-from mtlbalance.balancers.simplex import simplex_qp
+from mtlbalance.balancers.simplex import simplex_qp, solve_semidefinite
 
 
 class CAGradLoss(GramianBalancer):
@@ -91,11 +91,31 @@ def _worst_case(gramian: Array, to_mean: Array, radius: float) -> Array:
     """Minimise to_mean·w + radius·‖g_w‖ over the simplex.
 
     ‖g_w‖ = min over t > 0 of (‖g_w‖²/t + t)/2, so for a fixed t this is a quadratic problem, convex in t; the
-    best t is where ‖g_w(t)‖ = t. While the same tasks have weights, w(t) is a line, so that t is known; where it
-    lies outside the bracket it is bisected.
+    best t is where ‖g_w(t)‖ = t. While the same tasks have weights, w(t) is a line, so that the solution is known:
+    tasks whose weights would be negative there are left out until none is. Where others ought to be among those
+    left, t is bisected.
     """
+    count = len(gramian)
+    if count == 2:
+        return _worst_of_two(gramian.tolist(), to_mean.tolist(), radius)
     if radius == 0.0:
-        return simplex_qp(gramian, np.zeros(len(gramian)))
+        return simplex_qp(gramian, np.zeros(count))
+    tasks = np.arange(count)
+    for _ in range(count):
+        length, on_line = _on_line(tasks, gramian, to_mean, radius)
+        if on_line is None:
+            break
+        kept = tasks[on_line[tasks] >= 0.0]
+        if len(kept) == len(tasks):
+            if _is_best(on_line, gramian, to_mean, radius / length):
+                return on_line
+            break
+        tasks = kept
+    return _by_bisection(gramian, to_mean, radius)
+
+
+def _by_bisection(gramian: Array, to_mean: Array, radius: float) -> Array:
+    """Minimise to_mean·w + radius·‖g_w‖ over the simplex by a sequence of quadratic problems."""
     high = float(np.sqrt(gramian.diagonal().max()))
     low = 1e-14 * high
     weights = np.full(len(gramian), 1.0 / len(gramian))
@@ -108,20 +128,53 @@ def _worst_case(gramian: Array, to_mean: Array, radius: float) -> Array:
         if abs(length - guess) <= 1e-15 * high or high - low <= 1e-15 * high:
             break
         low, high = (guess, high) if length > guess else (low, guess)
-        guess = _length_on(np.flatnonzero(weights), gramian, to_mean, radius)
+        guess, _ = _on_line(np.flatnonzero(weights), gramian, to_mean, radius)
     return weights
 
 
-def _length_on(tasks: Indices, gramian: Array, to_mean: Array, radius: float) -> float:
-    """Return the t where ‖g_w(t)‖ = t if only these tasks have weights; 0 where there is none.
+def _worst_of_two(gramian: list[list[float]], to_mean: list[float], radius: float) -> Array:
+    """Minimise to_mean·w + radius·‖g_w‖ over w = (1 − t, t).
+
+    ‖g_w‖² = d + p·x² with x the way from the point of the line that is nearest to 0, p = ‖g_1 − g_2‖² and d its squared
+    distance; the derivative b + r·p·x/‖g_w‖ is zero at x² = b²d/(p·(r²p − b²)), if r²p > b².
+    """
+    (first, cross), (_, second) = gramian
+    curvature = first + second - 2.0 * cross
+    if curvature <= 1e-13 * (first + second):  # the same gradient twice
+        return np.array([0.5, 0.5])
+    slope = to_mean[1] - to_mean[0]
+    excess = radius * radius * curvature - slope * slope
+    if excess <= 0.0:
+        return np.array([1.0, 0.0] if slope > 0.0 else [0.0, 1.0])
+    distance = max(first * second - cross * cross, 0.0) / curvature
+    way = -slope * math.sqrt(distance / (curvature * excess))
+    shares = [(second - cross) / curvature - way, (first - cross) / curvature + way]
+    return np.array([min(max(share, 0.0), 1.0) for share in shares])
+
+
+def _on_line(tasks: Indices, gramian: Array, to_mean: Array, radius: float) -> tuple[float, Array | None]:
+    """Return the t where ‖g_w(t)‖ = t if only these tasks have weights, and these weights; 0 where there is none.
 
     w(t) = p + t·q with p the shortest combination and q along it conjugate, so that ‖g_w(t)‖² = ‖g_p‖² + t²‖g_q‖².
     """
-    part = gramian[np.ix_(tasks, tasks)]
-    inverted = np.linalg.lstsq(part, np.stack([np.ones(len(tasks)), to_mean[tasks]], axis=1), rcond=1e-13)[0]
-    if inverted[:, 0].sum() <= 0.0:
-        return 0.0
-    shortest = inverted[:, 0] / inverted[:, 0].sum()
-    along = (inverted[:, 1].sum() * shortest - inverted[:, 1]) / radius
+    part = gramian[tasks][:, tasks]
+    inverted = solve_semidefinite(part, np.stack([np.ones(len(tasks)), to_mean[tasks]], axis=1))
+    (total, total_to_mean), (ones, to_mean_in) = inverted.sum(axis=0).tolist(), inverted.T
+    if total <= 0.0:
+        return 0.0, None
+    shortest = ones / total
+    along = (total_to_mean * shortest - to_mean_in) / radius
     squared = float(shortest @ part @ shortest) / max(1.0 - float(along @ part @ along), 1e-300)
-    return math.sqrt(squared) if 0.0 < squared < math.inf else 0.0
+    if not 0.0 < squared < math.inf:
+        return 0.0, None
+    length = math.sqrt(squared)
+    weights = np.zeros(len(gramian))
+    weights[tasks] = shortest + length * along
+    return length, weights
+
+
+def _is_best(weights: Array, gramian: Array, to_mean: Array, factor: float) -> bool:
+    """Return whether no move within the simplex from these weights lowers to_mean·w + factor/2·‖g_w‖²."""
+    slope = to_mean + factor * (gramian @ weights)
+    lowest = float(slope.min())
+    return float(weights @ slope) - lowest <= 1e-12 * float(np.abs(slope).max())

@@ -73,9 +73,5 @@ class FairGradLoss(GramianBalancer):
         scale = float(np.exp(np.log(gramian.diagonal()).mean()))
         unit = gramian / scale
         unit = unit + 1e-10 * np.diag(unit.diagonal())
-        solved = barrier_newton(
-            unit,
-            lambda w: np.asarray(w**-power),
-            lambda w: np.asarray(-power * w ** (-power - 1.0)),
-        )
+        solved = barrier_newton(unit, power)
         return np.asarray(solved * scale ** (-1.0 / (1.0 + power)))

@@ -98,21 +98,19 @@ class GramianBalancer(GradientBalancer):
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for the present tasks if there is something new and finite, else keep the last weights."""
         if signals.gramian_KK is not None and bool(signals.finite):
-            weights = self._solve_present(signals.present_K, signals.gramian_KK, signals.losses_K)
+            gramian = signals.gramian_KK.detach().double().cpu().numpy()
+            weights = self._solve_present(signals.present_K, gramian, signals.losses_K)
             if not all(map(math.isfinite, weights.tolist())):
-                raise BalancerError(
-                    f"{self.get_name()} found no finite weights for the Gramian\n{signals.gramian_KK.cpu().numpy()}"
-                )
+                raise BalancerError(f"{self.get_name()} found no finite weights for the Gramian\n{gramian}")
             solved_K = torch.from_numpy(in_float32(weights)).to(self.solved_weights)
+            norms_K = torch.from_numpy(np.sqrt(gramian.diagonal())).to(self.grad_norms)
             self.solved_present.copy_(signals.present_K)
             self.solved_weights.copy_(choose(signals.present_K, solved_K, self.solved_weights))
-            norms_K = signals.gramian_KK.diagonal().sqrt().to(self.grad_norms)
             self.grad_norms.copy_(choose(signals.present_K, norms_K, self.grad_norms))
             return solved_K
         return self.current_weights(signals.present_K)
 
-    def _solve_present(self, present_K: Tensor, gramian_KK: Tensor, losses_K: Tensor) -> Array:
-        gramian = gramian_KK.double().cpu().numpy()
+    def _solve_present(self, present_K: Tensor, gramian: Array, losses_K: Tensor) -> Array:
         losses = np.array(losses_K.tolist())
         pulls = gramian.diagonal() > 0
         if is_everyone(present_K) and len(losses) > 1 and all(pulls.tolist()):
@@ -168,8 +166,10 @@ class GramianBalancer(GradientBalancer):
     def _signals(self, call: Call, probe: Probe, gramian_KK: Tensor) -> Signals:
         if probe.scales_K is not None:
             gramian_KK = gramian_KK / torch.outer(probe.scales_K, probe.scales_K).to(gramian_KK)
-        finite = both(self._finite(call, probe, gramian_KK.diagonal()), all_finite(gramian_KK))
-        return call.signals._replace(gramian_KK=gramian_KK, finite=finite)
+        finite = call.signals.finite
+        if probe.scales_K is not None:
+            finite = self._finite(call, probe, gramian_KK.diagonal())
+        return call.signals._replace(gramian_KK=gramian_KK, finite=both(finite, all_finite(gramian_KK)))
 
     def _report(self) -> dict[str, Tensor]:
         return {**super()._report(), "raw": self.solved_weights, "grad_norm": self.grad_norms}

@@ -70,13 +70,10 @@ class MGDALoss(GramianBalancer):
 
     def solve(self, gramian: Array, losses: Array) -> Array:
         """Return the simplex weights of the shortest combination."""
-        norms = np.sqrt(gramian.diagonal())
-        size = {
-            "none": np.ones_like(norms),
-            "l2": norms,
-            "loss": np.abs(losses),
-            "loss+": np.abs(losses) * norms,
-        }
-        chosen = size[self.normalise]
+        if self.normalise == "none":
+            return simplex_qp(gramian, np.zeros(len(losses)))
+        chosen = np.ones_like(losses) if self.normalise == "l2" else np.abs(losses)
+        if self.normalise != "loss":
+            chosen = chosen * np.sqrt(gramian.diagonal())
         scale = np.maximum(chosen, 1e-12 * chosen.max(initial=1e-300))
         return simplex_qp(gramian / np.outer(scale, scale), np.zeros(len(losses)))

@@ -47,4 +47,4 @@ class NashMTLLoss(GramianBalancer):
         norms = np.sqrt(gramian.diagonal())
         # In α_k·n_k the problem has unit gradients, and no scale.
         cosines = gramian / np.outer(norms, norms) + 1e-10 * np.eye(len(norms))
-        return barrier_newton(cosines, lambda w: 1.0 / w, lambda w: -1.0 / w**2) / norms
+        return barrier_newton(cosines) / norms

@@ -121,10 +121,10 @@ class PCDLoss(GramianBalancer):
         """Return equal weights."""
         return np.full(len(tasks), 1.0 / len(tasks))
 
-    def _solve_present(self, present_K: Tensor, gramian_KK: Tensor, losses_K: Tensor) -> Array:
+    def _solve_present(self, present_K: Tensor, gramian: Array, losses_K: Tensor) -> Array:
         """Move the averages first, those of tasks with a zero gradient or without company included."""
         present = present_K.cpu().numpy()
-        squares_K = gramian_KK.diagonal().double().cpu().numpy()
+        squares_K = gramian.diagonal()
         before_K = self.norm_averages.double().cpu().numpy()
         roots_K = np.sqrt(self.beta * before_K**2 + (1.0 - self.beta) * squares_K)
         self.norm_averages.copy_(torch.from_numpy(np.where(present, roots_K, before_K)))
@@ -132,7 +132,7 @@ class PCDLoss(GramianBalancer):
         first = self.tasks.index(self.primary)
         if present[first] and squares_K[first] == 0 and squares_K.any():
             return np.zeros(len(self.tasks))
-        return super()._solve_present(present_K, gramian_KK, losses_K)
+        return super()._solve_present(present_K, gramian, losses_K)
 
     def _direction(self, tasks: Indices, gramian: Array, averages: Array) -> Array:
         """Return the weights of the update from gradients divided by the roots of their ``averages``."""

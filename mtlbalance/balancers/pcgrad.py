@@ -70,10 +70,13 @@ class PCGradLoss(GramianBalancer):
         """Return the column sums of the projection coefficients."""
         count = len(gramian)
         coefficients = np.eye(count)
+        products = gramian.copy()  # of the gradients as they are changed, with those as they were
+        squares = gramian.diagonal().tolist()
         for k in range(count):
             for j in torch.randperm(count, generator=self.generator, device="cpu").tolist():
-                dot = float(coefficients[k] @ gramian[:, j])
+                dot = float(products[k, j])
                 if j != k and dot < 0:
-                    coefficients[k, j] -= dot / gramian[j, j]
+                    coefficients[k, j] -= dot / squares[j]
+                    products[k] -= dot / squares[j] * gramian[j]
         total: Array = coefficients.sum(axis=0)
         return total

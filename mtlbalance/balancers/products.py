@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtlbalance.balancers.signals import Gradients, real_parts
 
 _TRIANGLE_FROM = 4  # tasks: of fewer the whole product is as fast
+_SYMMETRIC_FROM = 16  # tasks: of fewer the triangle row by row is as fast
 _CPU_BLOCK_NUMBERS, _BLOCK_NUMBERS = 2**20, 2**22  # copied to float64, and multiplied, at a time
 _KEPT = threading.local()  # the CPU's memory for such a block, which every call uses again
 
@@ -22,10 +26,13 @@ def gram_matrix(rows: Sequence[Gradients], device: torch.device) -> Tensor:
     task without any gradient. Products are summed in float64 where the device has it: what float32 rounds
     off in a singular Gramian would be inverted as if it were signal.
     """
-    total_KK = torch.zeros(len(rows), len(rows), dtype=product_dtype(device), device=device)
-    with torch.autocast(device.type, enabled=False):  # a product of gradients must not lose precision
+    total_KK: Tensor | None = None
+    with _exactly(device):
         for block_KC in _blocks(rows):
-            total_KK = total_KK + _products(block_KC).to(device)
+            products_KK = _products(block_KC).to(device)
+            total_KK = products_KK if total_KK is None else total_KK + products_KK
+    if total_KK is None:
+        return torch.zeros(len(rows), len(rows), dtype=product_dtype(device), device=device)
     return total_KK
 
 
@@ -35,7 +42,7 @@ def cross_products(first_KP: Tensor, second_KP: Tensor) -> Tensor:
     count, width = first_KP.shape
     total = torch.zeros(count, count, dtype=dtype, device=first_KP.device)
     step = _widest_block(count, first_KP.device)
-    with torch.autocast(first_KP.device.type, enabled=False):
+    with _exactly(first_KP.device):
         for start in range(0, width, step):  # copies in float64 would be larger than the gradients
             columns = slice(start, start + step)
             total = total + first_KP[:, columns].to(dtype) @ second_KP[:, columns].to(dtype).T
@@ -106,10 +113,22 @@ def _memory(count: int, width: int, device: torch.device) -> Tensor:
     return kept[: count * width].view(count, width)
 
 
+def _exactly(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products of gradients do not lose precision: autocast leaves float64 alone."""
+    if product_dtype(device) == torch.float64:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _products(block_KC: Tensor) -> Tensor:
     """Return the inner products of the rows."""
     if block_KC.device.type != "cpu" or len(block_KC) < _TRIANGLE_FROM:
         return block_KC @ block_KC.T
+    if (
+        len(block_KC) >= _SYMMETRIC_FROM
+    ):  # NumPy sees that it is a matrix by its own transpose, and makes one triangle
+        numbers: NDArray[np.float64] = block_KC.numpy()
+        return torch.from_numpy(numbers @ numbers.T)
     products_KK = block_KC.new_zeros(len(block_KC), len(block_KC))
     for task, row_C in enumerate(
         block_KC

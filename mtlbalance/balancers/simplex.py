@@ -6,7 +6,7 @@ gradients. K is a number of tasks; each solver takes of the order of K steps of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +14,25 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _TOLERANCE = 1e-12
+_ROUNDED = 1e-13  # of the terms of a sum that cancel: what rounding may have left
+_LARGE = 1e5  # solutions of blocks that are singular but for rounding
 _FLAT = 1e-10  # curvature, of the largest one, that rounding may have left
 
 
 def simplex_qp(quadratic: Array, linear: Array, start: Array | None = None) -> Array:
     """Minimise ½wᵀQw + bᵀw over the simplex {w >= 0, Σw = 1}, Q positive semidefinite with a positive diagonal.
 
-    A primal active-set method: it moves between supports, and stops where no multiplier is negative.
+    A primal active-set method: it moves between supports, and stops where no multiplier is negative. Two tasks have a
+    closed form.
 
     Args:
         quadratic: Q, (K, K).
         linear: b, (K,).
-        start: a point of the simplex to start from, such as the solution of a problem nearby; None: a corner.
+        start: a point of the simplex to start from, such as the solution of a problem nearby; None: the solution for
+            gradients at right angles and b = 0.
     """
-    count = len(linear)
+    if len(linear) == 2:
+        return _segment_qp(quadratic.tolist(), linear.tolist())
     root = np.sqrt(quadratic.diagonal())
     # In v_k = w_k·root_k/min(root) the diagonal is 1 and the constraint is Σ sums_k·v_k = 1.
     smallest = root.min()
@@ -36,14 +41,9 @@ def simplex_qp(quadratic: Array, linear: Array, start: Array | None = None) -> A
     slope = linear / (root * smallest)
     size = max(1.0, float(np.abs(slope).max()))
     unit, slope = unit / size, slope / size
-    if start is None:
-        values = np.zeros(count)
-        corner = int(np.argmin(0.5 * unit.diagonal() / sums**2 + slope / sums))
-        values[corner] = 1.0 / sums[corner]
-    else:
-        values = start / sums
+    values = sums / (sums @ sums) if start is None else start / sums
     support = values > 0
-    for _ in range(50 * count):
+    for _ in range(50 * len(linear)):
         target, multiplier = _equality_qp(unit, slope, sums, support)
         shrinking = support & (target < 0)
         if shrinking.any():  # stop at the first bound on the way, and drop it
@@ -61,6 +61,20 @@ def simplex_qp(quadratic: Array, linear: Array, start: Array | None = None) -> A
         support[entering] = True
     weights: Array = np.clip(values * sums, 0.0, None)
     return np.asarray(weights / weights.sum())
+
+
+def _segment_qp(quadratic: list[list[float]], linear: list[float]) -> Array:
+    """Minimise ½wᵀQw + bᵀw over {w >= 0, w_1 + w_2 = 1}; the middle where no point is better than another."""
+    (first, cross), (_, second) = quadratic
+    rise = linear[1] - linear[0]
+    curvature = first + second - 2.0 * cross
+    if curvature > _ROUNDED * (first + second):
+        shares = [(second - cross + rise) / curvature, (first - cross - rise) / curvature]
+    else:  # a line
+        fall = first - cross - rise
+        level = abs(fall) <= _ROUNDED * (first + second + abs(linear[0]) + abs(linear[1]))
+        shares = [0.5, 0.5] if level else [float(fall < 0.0), float(fall > 0.0)]
+    return np.array([min(max(share, 0.0), 1.0) for share in shares])
 
 
 def nonnegative_qp(quadratic: Array, linear: Array) -> Array:
@@ -107,6 +121,63 @@ def nonnegative_qp(quadratic: Array, linear: Array) -> Array:
     return np.asarray(solution * size / root)
 
 
+def nonnegative_qps(quadratic: Array, linears: Array) -> Array:
+    """Minimise ½uᵀQu − bᵀu over u >= 0 for each row b of ``linears``, all at once (Kim and Park's block pivoting).
+
+    Supports change in blocks, and those of all rows in one batched solve. A row whose supports do not settle, or meet a
+    singular block, goes to `nonnegative_qp`.
+
+    Args:
+        quadratic: Q, (K, K), positive semidefinite with a positive diagonal.
+        linears: (M, K).
+    """
+    root = np.sqrt(quadratic.diagonal())
+    unit = quadratic / np.outer(root, root)
+    targets = linears / root
+    size = np.maximum(np.abs(targets).max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    solutions = np.zeros(linears.shape)
+    unsettled = _pivot_blocks(unit, targets / size, solutions)
+    solutions *= size / root
+    for row in unsettled:
+        solutions[row] = nonnegative_qp(quadratic, linears[row])
+    return solutions
+
+
+def _pivot_blocks(unit: Array, targets: Array, solutions: Array) -> list[int]:
+    """Fill in the ``solutions`` of the rows whose supports settle, and return the other rows."""
+    count = unit.shape[0]
+    identity = np.eye(count)
+    unsettled: list[int] = []
+    rows = np.flatnonzero((targets > _TOLERANCE).any(axis=1))  # the others are solved by 0
+    support = targets[rows] > _TOLERANCE
+    fewest, chances = np.full(len(rows), count + 1), np.full(len(rows), 3)
+    for _ in range(5 * count):
+        if not len(rows):
+            break
+        blocks = np.where(support[:, :, None] & support[:, None, :], unit, identity)
+        try:
+            found = np.linalg.solve(blocks, np.where(support, targets[rows], 0.0)[:, :, None])[:, :, 0]
+        except np.linalg.LinAlgError:
+            break
+        slack = found @ unit - targets[rows]
+        sizes = np.abs(found).max(axis=1)
+        wrong = np.where(support, found, slack) < -_TOLERANCE * np.maximum(1.0, sizes)[:, None]
+        wrongs = wrong.sum(axis=1)
+        settled = (wrongs == 0) & (sizes < _LARGE)
+        solutions[rows[settled]] = np.maximum(found[settled], 0.0)
+        unsettled += rows[sizes >= _LARGE].tolist()
+        # While fewer and fewer are wrong all of them change sides; else, after three more tries, the last one alone.
+        fewer = wrongs < fewest
+        chances = np.where(fewer, 3, chances - 1)
+        fewest = np.minimum(fewest, wrongs)
+        alone = np.zeros_like(wrong)
+        alone[np.arange(len(rows)), count - 1 - np.argmax(wrong[:, ::-1], axis=1)] = True
+        support ^= np.where((chances >= 0)[:, None], wrong, alone)
+        left = ~settled & (sizes < _LARGE)
+        rows, support, fewest, chances = rows[left], support[left], fewest[left], chances[left]
+    return [*unsettled, *rows.tolist()]
+
+
 def project_on_simplex(point: Array) -> Array:
     """Return the nearest point of {w >= 0, Σw = 1}: all entries less one number, and 0 where that is negative."""
     shifted = point - point.max()  # a common shift changes nothing, and keeps large numbers exact
@@ -117,37 +188,37 @@ def project_on_simplex(point: Array) -> Array:
     return nearest
 
 
-def barrier_newton(
-    gramian: Array, slope: Callable[[Array], Array], curvature: Callable[[Array], Array]
-) -> Array:
-    """Solve Gw = slope(w) for w > 0 by damped Newton steps, where slope is positive and decreasing.
+def barrier_newton(gramian: Array, power: float = 1.0) -> Array:
+    """Solve Gw = w^(−power), elementwise, for w > 0, by damped Newton steps.
 
-    The solution minimises the convex ½wᵀGw − ∫slope, so a step that lowers the residual always exists.
+    The solution minimises a convex function, ½wᵀGw less an integral of w^(−power), so a step that lowers it always
+    exists. For two tasks and a power of 1 it is w_k = 1/(‖g_k‖·√(1 + cosine)).
 
     Args:
-        gramian: (K, K), positive semidefinite, positive diagonal.
-        slope: elementwise, such as 1/w.
-        curvature: its derivative, elementwise, negative.
+        gramian: G, (K, K), positive semidefinite, with a positive diagonal; no two rows exactly opposed.
+        power: > 0.
     """
-    weights: Array = np.ones(len(gramian))
-    # Start on the right scale: one task alone solves g·w = slope(w).
+    diagonal = gramian.diagonal()
+    if len(gramian) == 2 and power == 1.0:
+        (first, cross), (_, second) = gramian.tolist()
+        ratio = math.sqrt(first / second)
+        if (sums := first + cross * ratio) > 0.0:
+            return np.array([1.0, ratio]) / math.sqrt(sums)
+    weights: Array = diagonal ** (-1.0 / (1.0 + power))  # the solution of each task alone
     for _ in range(200):
-        step = (gramian.diagonal() * weights - slope(weights)) / (gramian.diagonal() - curvature(weights))
-        weights = np.maximum(weights - step, 0.1 * weights)
-        if np.all(np.abs(step) <= 1e-6 * weights):
-            break
-    for _ in range(200):
-        residual = gramian @ weights - slope(weights)
-        step = _solve(gramian - np.diag(curvature(weights)), residual)
+        slope = weights**-power
+        curvature = gramian.copy()
+        curvature.ravel()[:: len(gramian) + 1] += power * slope / weights
+        residual = gramian @ weights - slope
+        step = np.linalg.solve(curvature, residual)  # positive definite: its diagonal was raised
         decrement = float(residual @ step)
-        falling = step > 0
-        longest = float((0.9 * weights[falling] / step[falling]).min(initial=1.0))
-        length = min(1.0, longest)
+        shares = step / weights
+        length = min(1.0, 0.9 / max(float(shares.max()), 0.9))
         # Close to the solution full steps converge quadratically; far from it, damp as self-concordance asks.
         if decrement > 0.25:
-            length = min(length, 1.0 / (1.0 + np.sqrt(decrement)))
+            length = min(length, 1.0 / (1.0 + math.sqrt(decrement)))
         weights = weights - length * step
-        if decrement <= 1e-28 or np.all(np.abs(step) <= 1e-15 * weights):
+        if decrement <= 1e-28 or float(np.abs(shares).max()) <= 1e-15:
             break
     return weights
 
@@ -157,12 +228,18 @@ def _equality_qp(
 ) -> tuple[Array, float]:
     """Minimise ½vᵀQv + bᵀv over Σ sums_k·v_k = 1 on a support, without bounds; return v and the multiplier."""
     inside = np.flatnonzero(support)
+    part, sums_in, falls = quadratic[inside][:, inside], sums[inside], -linear[inside]
+    values = np.zeros(len(linear))
+    if _is_definite(part):
+        free, along = np.linalg.solve(part, np.stack([falls, sums_in], axis=1)).T
+        multiplier = float((1.0 - sums_in @ free) / (sums_in @ along))
+        values[inside] = free + multiplier * along
+        return values, multiplier
     size = len(inside)
     system = np.zeros((size + 1, size + 1))
-    system[:size, :size] = quadratic[np.ix_(inside, inside)]
-    system[size, :size] = system[:size, size] = sums[inside]
-    solution = _solve(system, np.append(-linear[inside], 1.0))
-    values = np.zeros(len(linear))
+    system[:size, :size] = part
+    system[size, :size] = system[:size, size] = sums_in
+    solution = _least_norm(system, np.append(falls, 1.0))
     values[inside] = solution[:size]
     return values, -float(solution[size])
 
@@ -177,7 +254,19 @@ def _stationary(quadratic: Array, linear: Array) -> tuple[Array, bool]:
     return np.asarray(vectors[:, ~flat] @ (parts[~flat] / values[~flat])), True
 
 
-def _solve(matrix: Array, right: Array) -> Array:
-    """Solve a linear system; the least-norm solution where it is singular."""
-    solution: Array = np.asarray(np.linalg.lstsq(matrix, right, rcond=1e-13)[0], dtype=np.float64)
-    return solution
+def _is_definite(matrix: Array) -> bool:
+    """Return whether a positive semidefinite matrix is definite by more than rounding."""
+    try:
+        pivots = np.linalg.cholesky(matrix).diagonal()
+    except np.linalg.LinAlgError:
+        return False
+    return bool((pivots**2 > _FLAT * matrix.diagonal()).all())
+
+
+def solve_semidefinite(matrix: Array, right: Array) -> Array:
+    """Solve a system of a positive semidefinite matrix; the solution of the least norm where it is singular."""
+    return np.asarray(np.linalg.solve(matrix, right)) if _is_definite(matrix) else _least_norm(matrix, right)
+
+
+def _least_norm(matrix: Array, right: Array) -> Array:
+    return np.asarray(np.linalg.lstsq(matrix, right, rcond=1e-13)[0], dtype=np.float64)

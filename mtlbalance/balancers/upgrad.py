@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer
-from mtlbalance.balancers.simplex import nonnegative_qp
+from mtlbalance.balancers.simplex import nonnegative_qp, nonnegative_qps
 
 
 class UPGradLoss(GramianBalancer):
@@ -41,8 +39,8 @@ class UPGradLoss(GramianBalancer):
 
     def solve(self, gramian: Array, losses: Array) -> Array:  # noqa: ARG002
         """Return the mean of the tasks' projected weights."""
-        preferences = np.eye(len(gramian))
-        weights: Array = np.mean([project_on_dual_cone(gramian, one) for one in preferences], axis=0)
+        corrections = nonnegative_qps(gramian, -gramian)  # one problem a task, as in `project_on_dual_cone`
+        weights: Array = (1.0 + corrections.sum(axis=0)) / len(gramian)
         return weights
 
 

@@ -27,7 +27,8 @@ from mtlbalance import (
     SDMGradLoss,
     UPGradLoss,
 )
-from mtlbalance.balancers.simplex import nonnegative_qp, simplex_qp
+from mtlbalance.balancers.cagrad import _by_bisection, _worst_case
+from mtlbalance.balancers.simplex import barrier_newton, nonnegative_qp, nonnegative_qps, simplex_qp
 from mtlbalance.errors import BalancerError
 
 JACOBIAN = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -377,3 +378,65 @@ def test_the_solvers_meet_their_optimality_conditions(seed, count, rank):
     assert (
         weights @ gradient - gradient.min() <= 1e-6 * np.abs(gradient).max() + 1e-9 * np.abs(quadratic).max()
     )
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 100_000), count=st.integers(1, 9), rank=st.integers(1, 10), twins=st.booleans())
+def test_projections_solved_together_are_those_solved_one_by_one(seed, count, rank, twins):
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(count, rank)) * 10 ** generator.uniform(-3, 3, size=(count, 1))
+    if twins and count > 2:  # singular: one gradient twice, and its opposite
+        rows[1], rows[2] = rows[0], -2.0 * rows[0]
+    gramian = rows @ rows.T
+    root = np.sqrt(gramian.diagonal())
+    assume(root.min() > 1e-9)
+    together = nonnegative_qps(gramian, -gramian)
+    assert together.min() >= 0
+    for task, corrections in enumerate(together):
+        projected = rows[task] + corrections @ rows
+        size = np.linalg.norm(rows[task])
+        assert (rows @ projected / root).min() >= -1e-6 * size  # in the dual cone
+        alone = rows[task] + nonnegative_qp(gramian, -gramian[task]) @ rows
+        np.testing.assert_allclose(projected, alone, atol=1e-6 * size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 100_000),
+    count=st.integers(2, 9),
+    rank=st.integers(1, 10),
+    spread=st.floats(0.0, 3.0),
+    c=st.floats(0.01, 3.0),
+)
+def test_cagrad_has_the_worst_case_of_its_objective(seed, count, rank, spread, c):
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(count, rank)) * 10 ** generator.uniform(-spread, spread, size=(count, 1))
+    gramian = rows @ rows.T
+    assume(gramian.diagonal().min() > 1e-12)
+    to_mean = gramian.mean(axis=1)
+    radius = c * np.linalg.norm(rows.mean(axis=0))
+
+    def objective(weights: np.ndarray) -> float:
+        return float(to_mean @ weights + radius * np.linalg.norm(weights @ rows))
+
+    found = _worst_case(gramian, to_mean, radius)
+    size = np.abs(to_mean).max() + radius * np.sqrt(gramian.diagonal().max())
+    assert found.min() >= 0
+    assert found.sum() == pytest.approx(1.0)
+    assert objective(found) <= objective(_by_bisection(gramian, to_mean, radius)) + 1e-9 * size
+    for candidate in (*np.eye(count), *generator.dirichlet(np.ones(count), size=20)):
+        assert objective(found) <= objective(candidate) + 1e-9 * size
+        assert objective(found) <= objective(0.999 * found + 0.001 * candidate) + 1e-9 * size
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 100_000), count=st.integers(1, 8), power=st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0])
+)
+def test_newton_solves_nash_and_fairness_equations(seed, count, power):
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(count, count + 1))
+    gramian = rows @ rows.T
+    weights = barrier_newton(gramian, power)
+    assert weights.min() > 0
+    np.testing.assert_allclose(gramian @ weights, weights**-power, rtol=1e-8)
