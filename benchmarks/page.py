@@ -15,6 +15,7 @@ from pathlib import Path
 
 from figures import Figures
 from measuring import in_words
+from page_floor import floor_section
 from page_precision import precision_section
 from page_runs import growth_section, other_section, run_section
 from page_steps import memory_section, model_section, step_section, target_section, way_section
@@ -49,6 +50,7 @@ def draw(figures: Figures) -> dict[Section, list[str]]:
 
 SECTIONS: tuple[Section, ...] = (
     target_section,
+    floor_section,
     step_section,
     model_section,
     way_section,

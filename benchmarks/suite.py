@@ -29,6 +29,7 @@ FULL = {
     "memory": "balancer_memory.py PEERS",
     "memory_linear": "balancer_memory.py --layers linear PEERS",
     "steps_mlp": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 60 PEERS",
+    "floor": "floor.py --rounds 25",
     "steps_losses": "balancer_step.py --models mlp-heads --rounds 30 400 --seconds 40 --methods fixed uncertainty dwa "
     "rlw famo",
     "steps_mlp_linear": "balancer_step.py --models mlp --rounds 6 60 --seconds 20 PEERS --methods fixed gaba pcgrad",
@@ -50,12 +51,13 @@ FULL = {
     "allocator": "allocator.py --rounds 3 --hidden-size 128",
     "attention_path": "attention_path.py --seconds 5 --rounds 5 12",
 }
-_ON_CPU_ALONE = ("import_time.py", "allocator.py", "attention_path.py")
+_ON_CPU_ALONE = ("import_time.py", "allocator.py", "attention_path.py", "floor.py")
 QUICK = {
     "import_time": "import_time.py --rounds 3",
     "memory": "balancer_memory.py --tasks 2 8 --width 256 PEERS",
     "steps_mlp": "balancer_step.py --models mlp-heads --tasks 2 8 --rounds 4 30 --seconds 12 PEERS --methods fixed "
     "uncertainty gaba pcgrad mgda upgrad",
+    "floor": "floor.py --models mlp-heads wide --tasks 2 8 --rounds 8",
     "end_to_end": "end_to_end.py --models mlp --rounds 3 --epochs 3 --steps 40 --no-parts",
     "scaling": "scaling.py --tasks 2 32 --parameters 1e6 --ranks 2 --methods gaba --seconds 5",
 }

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from figures import OURS, Figures, Row, own_methods, pick
 from measuring import Ratio, paired_ratio
 
-_GABA = {2: 1.50, 4: 2.1, 8: 2.7, 16: 3.3}
+_EVERY_FORM = "every 10th step"
+_EXACT = {2: 1.50, 4: 2.1, 8: 2.7, 16: 3.3}
 _EVERY = {2: 1.08, 4: 1.10, 8: 1.18, 16: 1.22}
+_STUDY = {"": 1.60, _EVERY_FORM: 1.08, "features": 1.03}
 _SOLVERS = ("pcgrad", "mgda", "cagrad", "nash-mtl", "fairgrad", "upgrad", "aligned-mtl")
 _LOSS_READING = ("fixed", "uncertainty", "dwa", "rlw", "famo")
-_EVERY_FORM = "every 10th step"
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,15 @@ class Outcome:
 def outcomes(figures: Figures) -> Iterator[Outcome]:
     """Yield the targets that were measured."""
     for result in figures.workloads("steps_study"):
-        for form, bound in (("", 1.60), (_EVERY_FORM, 1.08), ("features", 1.03)):
-            yield from _of(result, "gaba", form, bound)
+        yield from _gaba(result)
     for result in figures.workloads("steps_mlp"):
-        count = int(result["tasks"])
-        for form, bounds in (("", _GABA), (_EVERY_FORM, _EVERY), ("features", dict.fromkeys(_GABA, 1.15))):
-            if count in bounds:
-                yield from _of(result, "gaba", form, bounds[count])
+        yield from _gaba(result)
         yield from _solvers(result)
     for result in figures.workloads("steps_losses" if "steps_losses" in figures else "steps_mlp"):
         for method in _LOSS_READING:
             yield from _of(result, method, "", 1.02)
     for result in figures.workloads("steps_models"):
-        if result["family"] == "wide" and result["batch_size"] <= 64:
-            yield from _of(result, "gaba", "", 1.5)
+        yield from _gaba(result)
     if "import_time" in figures:
         ratio = figures["import_time"]["ratios"]["from mtlbalance import GABALoss"]
         yield Outcome("`from mtlbalance import GABALoss` to `import torch`", "", 1.05, Ratio(**ratio))
@@ -57,6 +53,23 @@ def outcomes(figures: Figures) -> Iterator[Outcome]:
             yield Outcome(
                 what, f"{result['family']} run", 0.97, Ratio(**result["speed"]["mtlbalance run"]), least=True
             )
+
+
+def gaba_bounds(result: Row) -> dict[str, float]:
+    """Return what GABA may cost on a workload, by its form; nothing where there is no target."""
+    count = int(result["tasks"])
+    if result["family"] == "study":
+        return _STUDY
+    if result["family"] == "wide" and result["batch_size"] <= 64:
+        return {"": 1.5}
+    if result["family"] == "mlp-heads" and count in _EXACT:
+        return {"": _EXACT[count], _EVERY_FORM: _EVERY[count], "features": 1.15}
+    return {}
+
+
+def _gaba(result: Row) -> Iterator[Outcome]:
+    for form, bound in gaba_bounds(result).items():
+        yield from _of(result, "gaba", form, bound)
 
 
 def _of(result: Row, method: str, form: str, bound: float) -> Iterator[Outcome]:
