@@ -68,7 +68,8 @@ def _blocks(rows: Sequence[Gradients]) -> Iterator[Tensor]:
             if pieces and (size + stop - start > width or found.device != _device_of(pieces[0])):
                 yield _block(pieces)
                 pieces, size = [], 0
-            pieces.append([gradient if gradient is None else gradient[start:stop] for gradient in flat])
+            whole = stop - start == found.numel()
+            pieces.append(flat if whole else [None if g is None else g[start:stop] for g in flat])
             size += stop - start
     if pieces:
         yield _block(pieces)
@@ -83,34 +84,32 @@ def _block(pieces: Sequence[Gradients]) -> Tensor:
     """Return pieces of K tasks' gradients, each a list of K or None, side by side as one (K, C) block."""
     device = _device_of(pieces[0])
     sizes = [next(gradient.numel() for gradient in piece if gradient is not None) for piece in pieces]
-    block_KC = _memory(len(pieces[0]), sum(sizes), device)
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    for task, row_C in enumerate(block_KC.unbind()):
-        for piece, target in zip(pieces, torch.split(row_C, sizes), strict=True):
-            source = piece[task]
+    count, width = len(pieces[0]), sum(sizes)
+    numbers = _memory(count * width, device)
+    targets = list(torch.split(numbers, sizes * count))
+    sources = [piece[task] for task in range(count) for piece in pieces]
+    if any(source is None for source in sources):
+        for target, source in zip(targets, sources, strict=True):
             if source is None:
                 target.zero_()
-            else:
-                targets.append(target)
-                sources.append(source)
-    torch._foreach_copy_(targets, sources)
-    return block_KC
+        targets = [target for target, source in zip(targets, sources, strict=True) if source is not None]
+    torch._foreach_copy_(targets, [source for source in sources if source is not None])
+    return numbers.view(count, width)
 
 
-def _memory(count: int, width: int, device: torch.device) -> Tensor:
-    """Return an uninitialised (K, C) block; on a CPU in memory that is kept, up to 8 MB.
+def _memory(size: int, device: torch.device) -> Tensor:
+    """Return so many numbers, uninitialised; on a CPU in memory that is kept, up to 8 MB.
 
     The C library would hand megabytes back to the system after each call, and to fault them in again takes several
     times as long as to fill them.
     """
     if device.type != "cpu":
-        return torch.empty(count, width, dtype=product_dtype(device), device=device)
+        return torch.empty(size, dtype=product_dtype(device), device=device)
     kept: Tensor | None = getattr(_KEPT, "numbers", None)
-    if kept is None or kept.numel() < count * width:
+    if kept is None or kept.numel() < size:
         with torch.inference_mode(False):
-            kept = _KEPT.numbers = torch.empty(count * width, dtype=torch.float64, device="cpu")
-    return kept[: count * width].view(count, width)
+            kept = _KEPT.numbers = torch.empty(size, dtype=torch.float64, device="cpu")
+    return kept[:size]
 
 
 def _exactly(device: torch.device) -> AbstractContextManager[object]:

@@ -121,60 +121,57 @@ def nonnegative_qp(quadratic: Array, linear: Array) -> Array:
     return np.asarray(solution * size / root)
 
 
-def nonnegative_qps(quadratic: Array, linears: Array) -> Array:
-    """Minimise ½uᵀQu − bᵀu over u >= 0 for each row b of ``linears``, all at once (Kim and Park's block pivoting).
+def nonnegative_qps(unit: Array, targets: Array) -> Array:
+    """Minimise ½uᵀQu − bᵀu over u >= 0 for each row b of ``targets``, all at once (Kim and Park's block pivoting).
 
     Supports change in blocks, and those of all rows in one batched solve. A row whose supports do not settle, or meet a
     singular block, goes to `nonnegative_qp`.
 
     Args:
-        quadratic: Q, (K, K), positive semidefinite with a positive diagonal.
-        linears: (M, K).
+        unit: Q, (K, K), positive semidefinite with a diagonal of ones.
+        targets: (M, K), with a largest entry of about 1 in each row.
     """
-    root = np.sqrt(quadratic.diagonal())
-    unit = quadratic / np.outer(root, root)
-    targets = linears / root
-    size = np.maximum(np.abs(targets).max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    solutions = np.zeros(linears.shape)
-    unsettled = _pivot_blocks(unit, targets / size, solutions)
-    solutions *= size / root
-    for row in unsettled:
-        solutions[row] = nonnegative_qp(quadratic, linears[row])
+    solutions = np.zeros(targets.shape)
+    for row in _pivot_blocks(unit, targets, solutions):
+        solutions[row] = nonnegative_qp(unit, targets[row])
     return solutions
 
 
 def _pivot_blocks(unit: Array, targets: Array, solutions: Array) -> list[int]:
     """Fill in the ``solutions`` of the rows whose supports settle, and return the other rows."""
-    count = unit.shape[0]
+    count = len(unit)
+    support = targets > _TOLERANCE
+    rows = np.flatnonzero(support.any(axis=1))  # the others are solved by 0
+    support, targets = support[rows], targets[rows]
     identity = np.eye(count)
-    unsettled: list[int] = []
-    rows = np.flatnonzero((targets > _TOLERANCE).any(axis=1))  # the others are solved by 0
-    support = targets[rows] > _TOLERANCE
     fewest, chances = np.full(len(rows), count + 1), np.full(len(rows), 3)
+    unsettled: list[int] = []
     for _ in range(5 * count):
         if not len(rows):
             break
         blocks = np.where(support[:, :, None] & support[:, None, :], unit, identity)
         try:
-            found = np.linalg.solve(blocks, np.where(support, targets[rows], 0.0)[:, :, None])[:, :, 0]
+            found = np.linalg.solve(blocks, np.where(support, targets, 0.0)[:, :, None])[:, :, 0]
         except np.linalg.LinAlgError:
             break
-        slack = found @ unit - targets[rows]
-        sizes = np.abs(found).max(axis=1)
-        wrong = np.where(support, found, slack) < -_TOLERANCE * np.maximum(1.0, sizes)[:, None]
+        sizes = np.abs(found).max(axis=1, keepdims=True)
+        wrong = np.where(support, found, found @ unit - targets) < -_TOLERANCE * np.maximum(1.0, sizes)
         wrongs = wrong.sum(axis=1)
-        settled = (wrongs == 0) & (sizes < _LARGE)
+        large = sizes[:, 0] >= _LARGE
+        settled = (wrongs == 0) & ~large
         solutions[rows[settled]] = np.maximum(found[settled], 0.0)
-        unsettled += rows[sizes >= _LARGE].tolist()
+        if settled.all():
+            return unsettled
+        unsettled += rows[large].tolist()
         # While fewer and fewer are wrong all of them change sides; else, after three more tries, the last one alone.
-        fewer = wrongs < fewest
-        chances = np.where(fewer, 3, chances - 1)
+        chances = np.where(wrongs < fewest, 3, chances - 1)
         fewest = np.minimum(fewest, wrongs)
         alone = np.zeros_like(wrong)
         alone[np.arange(len(rows)), count - 1 - np.argmax(wrong[:, ::-1], axis=1)] = True
         support ^= np.where((chances >= 0)[:, None], wrong, alone)
-        left = ~settled & (sizes < _LARGE)
-        rows, support, fewest, chances = rows[left], support[left], fewest[left], chances[left]
+        left = ~(settled | large)
+        rows, support, targets = rows[left], support[left], targets[left]
+        fewest, chances = fewest[left], chances[left]
     return [*unsettled, *rows.tolist()]
 
 

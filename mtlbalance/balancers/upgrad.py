@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
+
 from mtlbalance.balancers.gramian_balancer import Array, GramianBalancer
 from mtlbalance.balancers.simplex import nonnegative_qp, nonnegative_qps
 
@@ -39,8 +41,14 @@ class UPGradLoss(GramianBalancer):
 
     def solve(self, gramian: Array, losses: Array) -> Array:  # noqa: ARG002
         """Return the mean of the tasks' projected weights."""
-        corrections = nonnegative_qps(gramian, -gramian)  # one problem a task, as in `project_on_dual_cone`
-        weights: Array = (1.0 + corrections.sum(axis=0)) / len(gramian)
+        if len(gramian) == 2:  # each correction is by the other gradient alone
+            (first, cross), (_, second) = gramian.tolist()
+            conflict = max(-cross, 0.0)
+            return 0.5 * np.array([1.0 + conflict / first, 1.0 + conflict / second])
+        root = np.sqrt(gramian.diagonal())
+        unit = gramian / np.outer(root, root)
+        corrections = nonnegative_qps(unit, -unit)  # one problem a task, as in `project_on_dual_cone`
+        weights: Array = (1.0 + root @ corrections / root) / len(gramian)
         return weights
 
 

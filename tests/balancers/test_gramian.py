@@ -390,9 +390,10 @@ def test_projections_solved_together_are_those_solved_one_by_one(seed, count, ra
     gramian = rows @ rows.T
     root = np.sqrt(gramian.diagonal())
     assume(root.min() > 1e-9)
-    together = nonnegative_qps(gramian, -gramian)
+    unit = gramian / np.outer(root, root)
+    together = nonnegative_qps(unit, -unit)
     assert together.min() >= 0
-    for task, corrections in enumerate(together):
+    for task, corrections in enumerate(root[:, None] * together / root):
         projected = rows[task] + corrections @ rows
         size = np.linalg.norm(rows[task])
         assert (rows @ projected / root).min() >= -1e-6 * size  # in the dual cone
