@@ -272,7 +272,7 @@ class Balancer(TaskState, ABC):
             raise no_losses(self.tasks, several_ranks=several_ranks)
         weights = self.sample_weights_of(present, check_sample_weights(sample_weights, self.tasks), context)
         reduced = reduce_losses(present, weights)
-        return {self.tasks.index(task): loss for task, loss in reduced.items()}, zeros
+        return {index: reduced[task] for index, task in enumerate(self.tasks) if task in reduced}, zeros
 
     def _stack(
         self, losses: Mapping[int, Tensor], zeros: Sequence[Tensor] = ()

@@ -54,6 +54,8 @@ def simplex_qp(quadratic: Array, linear: Array, start: Array | None = None) -> A
             support[dropped] = False
             continue
         values = target
+        if support.all():
+            break
         reduced = np.where(support, np.inf, unit @ values + slope - multiplier * sums)
         entering = int(np.argmin(reduced))
         if reduced[entering] >= -_TOLERANCE:
@@ -215,7 +217,8 @@ def barrier_newton(gramian: Array, power: float = 1.0) -> Array:
         if decrement > 0.25:
             length = min(length, 1.0 / (1.0 + math.sqrt(decrement)))
         weights = weights - length * step
-        if decrement <= 1e-28 or float(np.abs(shares).max()) <= 1e-15:
+        # What is left after a full step is about its square, and the decrement is a square already.
+        if decrement <= 1e-18 or float(np.abs(shares).max()) <= 1e-15:
             break
     return weights
 
