@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtlbalance.balancers.checks import one_of, task_names
 from mtlbalance.balancers.delivery import dot, weighted_sum
 from mtlbalance.balancers.losses import check_sample_weights, name_losses, no_losses, reduce_losses
-from mtlbalance.balancers.presence import all_finite, everyone
+from mtlbalance.balancers.presence import all_finite, everyone, is_true
 from mtlbalance.balancers.ranks import Ranks, active_ranks
 from mtlbalance.balancers.signals import Signals
 from mtlbalance.balancers.state import TaskState
@@ -242,7 +242,10 @@ class Balancer(TaskState, ABC):
 
     def _note(self, weights_K: Tensor, finite: Tensor) -> Tensor:
         applied = self.applied_weights
-        weights_K = (weights_K.detach() if weights_K.requires_grad else weights_K).to(applied.dtype)
+        if weights_K.requires_grad:
+            weights_K = weights_K.detach()
+        if weights_K.dtype != applied.dtype:
+            weights_K = weights_K.to(applied.dtype)
         if self.has_task_weights:
             applied.copy_(weights_K)
         self.calls += 1
@@ -250,11 +253,13 @@ class Balancer(TaskState, ABC):
         return weights_K
 
     def _count_nonfinite(self, finite: Tensor) -> None:
+        if is_true(finite):
+            return
         if finite.device.type != "cpu":
             self.nonfinite_calls += ~finite
-        elif not bool(finite):
-            self.nonfinite_calls += 1
-            self._warn_nonfinite()
+            return
+        self.nonfinite_calls += 1
+        self._warn_nonfinite()
 
     def _reduce(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _TRUE: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 _CPU = torch.device("cpu")
+_SCALAR = ((), _CPU)
 _READ_AT_MOST = 64  # numbers looked at on the host, one by one
 
 
@@ -40,7 +41,8 @@ def known_finite(values: Tensor) -> bool:
     """Return whether the host knows that all values are finite; False says nothing."""
     if values.device.type != "cpu" or values.numel() > _READ_AT_MOST:
         return False
-    return all(map(math.isfinite, values.flatten().tolist()))
+    numbers = values.tolist() if values.dim() == 1 else values.flatten().tolist()
+    return all(map(math.isfinite, numbers))
 
 
 def all_finite(values: Tensor) -> Tensor:
@@ -50,6 +52,8 @@ def all_finite(values: Tensor) -> Tensor:
 
 def is_true(condition: Tensor) -> bool:
     """Return whether the host knows that a 0-d bool is True; False says nothing."""
+    if condition is _TRUE.get(_SCALAR) and not condition._version:
+        return True  # by far the most calls, and asking a tensor takes longer
     return condition.device.type == "cpu" and bool(condition)
 
 
