@@ -51,6 +51,10 @@ class Figures:
             found |= {key: value for key, value in self.parts.get(part, {}).items() if key != "machine"}
         return found
 
+    def finest(self, part: str) -> Iterator[Row]:
+        """Yield the results of a part that measured few methods in many rounds, else those of all methods."""
+        return self.workloads(part if part in self.parts else "steps_mlp")
+
     def workloads(self, *parts: str) -> Iterator[Row]:
         """Yield the results of the step benchmarks, a workload at a time."""
         for part in parts:

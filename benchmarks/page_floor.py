@@ -67,7 +67,7 @@ def _floor_rows(figures: Figures, result: Row) -> Iterator[list[object]]:
     steps = next(
         (
             row
-            for row in figures.workloads("steps_study", "steps_mlp", "steps_models")
+            for row in (*figures.workloads("steps_study", "steps_models"), *figures.finest("steps_solvers"))
             if row["workload"] == result["workload"]
         ),
         None,

@@ -33,7 +33,10 @@ def target_section(figures: Figures) -> Iterator[str]:
         return
     yield "## Targets"
     met = sum(outcome.met for outcome in found)
-    yield f"{met} of {len(found)} figures keep to their target by the median; those that do not are bold."
+    yield (
+        f"{met} of {len(found)} figures keep to their target by the median; those that do not are bold. Where a part "
+        "measured few methods of the mlp in many rounds, its figures are here, not those of all methods further down."
+    )
     alone = [outcome for outcome in found if not outcome.where or outcome.where.endswith("run")]
     cells = {(o.what, o.where): _judged(o) for o in found if o not in alone}
     places = list(dict.fromkeys(place for _, place in cells))

@@ -36,10 +36,10 @@ def outcomes(figures: Figures) -> Iterator[Outcome]:
     """Yield the targets that were measured."""
     for result in figures.workloads("steps_study"):
         yield from _gaba(result)
-    for result in figures.workloads("steps_mlp"):
+    for result in figures.finest("steps_solvers"):
         yield from _gaba(result)
         yield from _solvers(result)
-    for result in figures.workloads("steps_losses" if "steps_losses" in figures else "steps_mlp"):
+    for result in figures.finest("steps_losses"):
         for method in _LOSS_READING:
             yield from _of(result, method, "", 1.02)
     for result in figures.workloads("steps_models"):
