@@ -136,8 +136,11 @@ class GABALoss(GradientBalancer):
             raw_K = raw_K * (
                 1.0 - (self.ema_weights * ~present_K).sum()
             )  # the present tasks' part of the weights
-        smoothed_K = torch.lerp(self.ema_weights, raw_K, 1.0 - decay)
-        self.ema_weights.copy_(choose(moves_K, smoothed_K, self.ema_weights))
+        if is_everyone(moves_K):
+            self.ema_weights.lerp_(raw_K, 1.0 - decay)
+        else:
+            smoothed_K = torch.lerp(self.ema_weights, raw_K, 1.0 - decay)
+            self.ema_weights.copy_(torch.where(moves_K, smoothed_K, self.ema_weights))
 
     def _report(self) -> dict[str, Tensor]:
         return {

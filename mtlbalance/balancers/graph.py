@@ -12,6 +12,7 @@ from torch import Tensor, nn
 Node: TypeAlias = Any  # the C++ nodes of autograd have no common Python base
 Edge: TypeAlias = tuple[Node, int]
 
+_LEAF = "AccumulateGrad"
 # Nodes that hand each output's gradient to the input of the same number. DistributedDataParallel and module
 # hooks put one around all outputs of a module; taken as a whole, every task would seem to reach every head.
 _PASS_THROUGH = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
@@ -47,17 +48,20 @@ class Walk:
 
     def down(self, edges: Iterable[Edge]) -> Walk:
         """Go down from ``edges`` as far as the stops allow."""
-        pending = list(edges)
+        stops, nodes, pending = self.stops, self.nodes, list(edges)
         while pending:
             edge = pending.pop()
-            node, number = edge
-            if node is None or self._stop(edge) or node in self.nodes:
-                continue
-            if _passes(node):
-                pending.append(node.next_functions[number])
-            else:
-                self.nodes.add(node)
-                pending += node.next_functions
+            node = edge[0]
+            if stops and edge in stops:
+                self.met.add(edge)
+            elif node is not None and node not in nodes:
+                name = type(node).__name__
+                if name in _PASS_THROUGH:
+                    pending.append(node.next_functions[edge[1]])
+                    continue
+                nodes.add(node)
+                if name != _LEAF:  # which has nothing below
+                    pending += node.next_functions
         return self
 
     def enter(self, edges: Iterable[Edge]) -> Iterator[Node]:
@@ -109,7 +113,7 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
                 pending.append(node.next_functions[edge[1]])
                 continue
             first_by[node] = index
-            if name == "AccumulateGrad":
+            if name == _LEAF:
                 leaf_nodes.append(node)
                 continue
             below_of[node] = below = node.next_functions
@@ -270,7 +274,7 @@ def _passes(node: Node) -> bool:
 
 def _leaf(node: Node) -> Tensor | None:
     """Return the leaf that a node accumulates into, unless it was frozen after the forward pass."""
-    if type(node).__name__ != "AccumulateGrad":
+    if type(node).__name__ != _LEAF:
         return None
     leaf: Tensor = node.variable
     return leaf if leaf.requires_grad else None
