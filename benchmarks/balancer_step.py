@@ -9,20 +9,25 @@ a ratio pairs the CPU times of one round (on CUDA: wall time until the device ha
     python benchmarks/balancer_step.py --models mlp-heads --methods gaba --ways compiled compiled+fused
 
 A variant is measured until its 95 % interval lies within --tolerance of its median (times the ratio, above 1), within
-the bounds on rounds and on --seconds.
+the bounds on rounds and on --seconds. With --processes all of that is done in several, and their medians are pooled.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import workloads
-from measuring import in_words, machine, markdown_header, markdown_row, paired_ratio, rounded, write_json
+from measuring import in_words, machine, markdown_header, markdown_row, pooled_ratio, rounded, write_json
 from rounds import Entry, Rounds, clock_of, measure
 from selection import add_arguments, chosen_variants
 from variants import BARE, BY_HAND, FUSED_PLAIN, PLAIN, OptimizerForm, Variant
@@ -64,35 +69,66 @@ def measure_workload(
         for variant in variants
     }
     measure(entries, PLAIN, rounds, clock_of(workload.inputs.device))
-    baseline, bare = entries[PLAIN].seconds, entries[BARE].seconds
-    rows = []
-    for variant in variants:
-        entry = entries[variant.name]
-        row: dict[str, Any] = {
-            "name": variant.name,
-            "source": variant.source,
-            "method": variant.method,
-            "form": variant.form,
-        }
-        if entry.failure:
-            row["failure"] = entry.failure
-        else:
-            row["ratio"] = paired_ratio(entry.seconds, baseline)
-            row["to_bare_passes"] = paired_ratio(entry.seconds, bare)
-            if variant.plain != PLAIN:
-                row["to_plain_alike"] = paired_ratio(entry.seconds, entries[variant.plain].seconds)
-            row["steps_per_slice"] = entry.slice_steps
-            row["seconds_per_step"] = rounded(entry.seconds)
-        rows.append(row)
+    seconds = {name: [entry.seconds] for name, entry in entries.items() if not entry.failure}
+    failures = {name: entry.failure for name, entry in entries.items() if entry.failure}
+    steps = {name: entry.slice_steps for name, entry in entries.items()}
     return {
         "workload": workload.name,
         "family": workload.family,
         "tasks": len(workload.tasks),
         "batch_size": len(workload.inputs),
         "trunk_numbers": workload.trunk_numbers,
-        "plain_seconds": float(np.median(baseline)),
-        "variants": rows,
+        **_compared(variants, seconds, failures),
+        "steps_per_slice": steps,
     }
+
+
+def _compared(
+    variants: Sequence[Variant], seconds: Mapping[str, Sequence[Sequence[float]]], failures: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the figures that are made of the seconds of all variants, by process and round."""
+    baseline = seconds[PLAIN]
+    rows = []
+    for variant in variants:
+        name = variant.name
+        row: dict[str, Any] = {
+            "name": name,
+            "source": variant.source,
+            "method": variant.method,
+            "form": variant.form,
+        }
+        if name in failures:
+            row["failure"] = failures[name]
+        else:
+            row["ratio"] = pooled_ratio(seconds[name], baseline)
+            row["to_bare_passes"] = pooled_ratio(seconds[name], seconds[BARE])
+            if variant.plain != PLAIN:
+                row["to_plain_alike"] = pooled_ratio(seconds[name], seconds[variant.plain])
+            row["seconds_per_step"] = [rounded(one) for one in seconds[name]]
+        rows.append(row)
+    plain_seconds = float(np.median([second for one in baseline for second in one]))
+    return {"plain_seconds": plain_seconds, "variants": rows}
+
+
+def in_processes(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Measure in several processes one after another, each with other copies of everything, and pool their figures."""
+    found = []
+    for index in range(args.processes):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "figures.json"
+            command = [sys.executable, __file__, *argv, "--processes", "1", "--out", str(out)]
+            print(f"process {index + 1} of {args.processes}", flush=True)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            found.append(json.loads(out.read_text()))
+    pooled: dict[str, Any] = found[0]
+    for place, result in enumerate(pooled["results"]):
+        rows = [{row["name"]: row for row in one["results"][place]["variants"]} for one in found]
+        failures = {n: row["failure"] for of in rows for n, row in of.items() if "failure" in row}
+        names = [name for name in rows[0] if name not in failures]
+        seconds = {name: [of[name]["seconds_per_step"][0] for of in rows] for name in names}
+        result |= _compared(args.variants, seconds, failures)
+        print_result(result)
+    return pooled
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -105,7 +141,7 @@ def print_result(result: dict[str, Any]) -> None:
     for row in sorted(measured, key=lambda row: row["ratio"].median):
         ratio = row["ratio"]
         cells = [f"{ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f})", row["to_bare_passes"]]
-        cells += [len(row["seconds_per_step"]), *([row.get("to_plain_alike", "")] if alike else [])]
+        cells += [sum(map(len, row["seconds_per_step"])), *([row.get("to_plain_alike", "")] if alike else [])]
         print(markdown_row([row["name"], *cells]))
     for row in result["variants"]:
         if "failure" in row:
@@ -155,6 +191,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--slice-seconds", type=float, default=0.03, help="about how long one runs in a round"
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--processes", type=int, default=1, help="measure in so many, one after another, and pool"
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     missing = {way: way.missing(args.device) for way in args.ways}
@@ -180,6 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"left out: {name}: {missing}")
     if args.ways and len(args.left_out) == len(args.ways):
         print("nothing is left to measure")
+        return
+    if args.processes > 1:
+        given = sys.argv[1:] if argv is None else argv
+        write_json(args.out, in_processes(given, args))
         return
     least, most = args.rounds
     rounds = Rounds(least, most, args.tolerance, args.slice_seconds, args.seconds)

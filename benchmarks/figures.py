@@ -98,3 +98,9 @@ def own_methods(result: Row) -> list[str]:
 def with_interval(ratio: Row, digits: int = 2) -> str:
     """Return a ratio as text."""
     return f"{ratio['median']:.{digits}f} ({ratio['low']:.{digits}f}-{ratio['high']:.{digits}f})"
+
+
+def by_process(row: Row) -> list[list[float]]:
+    """Return a variant's seconds of a step in every round, a list for each process that measured it."""
+    seconds: list[Any] = row["seconds_per_step"]
+    return seconds if seconds and isinstance(seconds[0], list) else [seconds]

@@ -47,6 +47,20 @@ def paired_ratio(seconds: Sequence[float], baseline_seconds: Sequence[float]) ->
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
+def pooled_ratio(seconds: Sequence[Sequence[float]], baseline_seconds: Sequence[Sequence[float]]) -> Ratio:
+    """Return the same of several processes: the median of their medians, and its interval over processes.
+
+    Where a process puts its tensors makes a step up to some per cent faster or slower, and all rounds of the
+    process alike, so that an interval over the rounds of one is too narrow.
+    """
+    if len(seconds) == 1:
+        return paired_ratio(seconds[0], baseline_seconds[0])
+    medians = np.array([paired_ratio(*pair).median for pair in zip(seconds, baseline_seconds, strict=True)])
+    drawn = np.random.default_rng(0).choice(medians, size=(2000, len(medians)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(medians)), float(low), float(high))
+
+
 def machine(threads: int, device: str = "cpu") -> dict[str, str | int]:
     """Describe what the figures were measured on, by its parts and never by its name."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -30,10 +30,10 @@ FULL = {
     "memory_linear": "balancer_memory.py --layers linear PEERS",
     "steps_mlp": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 60 PEERS",
     "floor": "floor.py --rounds 25",
-    "steps_solvers": "balancer_step.py --models mlp-heads --rounds 20 100 --seconds 45 --methods gaba pcgrad mgda "
-    "cagrad nash-mtl fairgrad upgrad aligned-mtl",
-    "steps_losses": "balancer_step.py --models mlp-heads --rounds 30 400 --seconds 40 --methods fixed uncertainty dwa "
-    "rlw famo",
+    "steps_solvers": "balancer_step.py --models mlp-heads --processes 7 --rounds 8 100 --seconds 10 --tolerance 0.003 "
+    "--methods gaba pcgrad mgda cagrad nash-mtl fairgrad upgrad aligned-mtl",
+    "steps_losses": "balancer_step.py --models mlp-heads --processes 7 --rounds 12 400 --seconds 7 --tolerance 0.003 "
+    "--methods fixed uncertainty dwa rlw famo",
     "steps_mlp_linear": "balancer_step.py --models mlp --rounds 6 60 --seconds 20 PEERS --methods fixed gaba pcgrad",
     "steps_mlp_fused": "balancer_step.py --models mlp-heads --fused --rounds 6 60 --seconds 15 --methods fixed gaba",
     "steps_compiled": "balancer_step.py --models mlp-heads --rounds 6 60 --seconds 20 --methods gaba --ways fused "

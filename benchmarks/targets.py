@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from figures import OURS, Figures, Row, own_methods, pick
-from measuring import Ratio, paired_ratio
+from figures import OURS, Figures, Row, by_process, own_methods, pick
+from measuring import Ratio, pooled_ratio
 
 _EVERY_FORM = "every 10th step"
 _EXACT = {2: 1.50, 4: 2.1, 8: 2.7, 16: 3.3}
@@ -84,7 +84,7 @@ def _solvers(result: Row) -> Iterator[Outcome]:
     for method in _SOLVERS:
         row = pick(result, OURS, method)
         if row and gaba and method in own_methods(result):
-            ratio = paired_ratio(row["seconds_per_step"], gaba["seconds_per_step"])
+            ratio = pooled_ratio(by_process(row), by_process(gaba))
             yield Outcome(f"{method} to exact gaba", short_name(result), 1.1, ratio)
 
 

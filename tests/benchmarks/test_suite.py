@@ -63,3 +63,22 @@ def test_a_page_is_written_from_what_was_measured(script: Script, tmp_path: Path
 def test_a_folder_without_figures_has_no_page(script: Script, tmp_path: Path, capsys) -> None:
     assert script("page").main([str(tmp_path)]) == 2
     assert "there are no figures" in capsys.readouterr().err
+
+
+def test_several_processes_are_pooled_by_their_medians(script: Script, tmp_path: Path) -> None:
+    pooled = script("measuring").pooled_ratio
+    baseline = [[1.0, 2.0, 4.0], [1.0], [2.0, 2.0]]
+    seconds = [[1.1, 2.2, 4.4], [1.5], [2.4, 2.4]]  # ratios 1.1, 1.5 and 1.2, whatever the number of rounds
+    ratio = pooled(seconds, baseline)
+    assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.1, 1.2, 1.5))
+    out = tmp_path / "steps.json"
+    steps = ["--models", "mlp-heads", "--rounds", "1", "1", "--slice-seconds", "0.0001", "--batch-size", "4"]
+    few = ["--width", "16", "--tasks", "2", "--methods", "fixed", "gaba", "--processes", "2"]
+    script("balancer_step").main([*steps, *few, "--out", str(out)])
+    (result,) = json.loads(out.read_text())["results"]
+    rows = {row["name"]: row for row in result["variants"]}
+    of_processes = rows["mtlbalance fixed"]["seconds_per_step"]
+    plain = rows["plain sum"]["seconds_per_step"]
+    assert [len(seconds) for seconds in of_processes] == [1, 1]
+    ratios = [one[0] / base[0] for one, base in zip(of_processes, plain, strict=True)]
+    assert rows["mtlbalance fixed"]["ratio"]["median"] == pytest.approx(sum(ratios) / 2, rel=1e-3)
