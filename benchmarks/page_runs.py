@@ -13,9 +13,8 @@ _STUDY_SAMPLES_A_SECOND = 31_625  # on its GPU, as it reports
 
 def run_section(figures: Figures) -> Iterator[str]:
     """Whole runs."""
-    results = [
-        r for part in ("end_to_end", "end_to_end_study") if part in figures for r in figures[part]["results"]
-    ]
+    parts = ("end_to_end", "end_to_end_speed", "end_to_end_study")
+    results = [result for part in parts if part in figures for result in figures[part]["results"]]
     if not results:
         return
     yield "## `mtlbalance run` beside a bare hand-written loop"
@@ -32,9 +31,7 @@ def run_section(figures: Figures) -> Iterator[str]:
             for way, rate in result["samples_per_second"].items()
         ]
         yield table(["", "samples a second", "speed to the bare loop", "time to the whole run's"], rows)
-    checkpoint = next(
-        figures[part]["checkpoint"] for part in ("end_to_end_study", "end_to_end") if part in figures
-    )
+    checkpoint = next(figures[part]["checkpoint"] for part in reversed(parts) if part in figures)
     yield checkpoint_words(figures, checkpoint)
 
 
