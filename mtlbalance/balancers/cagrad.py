@@ -44,7 +44,8 @@ class CAGradLoss(GramianBalancer):
         tensor([0.1835, 1.2041, 1.2041])
 
     Source: Liu et al. 2021, Algorithm 1. The authors' code divides by 1 + c²: ``rescale="squared"``. The problem is
-    solved to rounding as a sequence of quadratic ones, not by a general-purpose optimiser.
+    solved to rounding: in closed form on the tasks that get weights, as a sequence of quadratic problems where these
+    are not found at once; not by a general-purpose optimiser.
     """
 
     method: ClassVar[str] = "CAGrad"

@@ -36,7 +36,8 @@ class NashMTLLoss(GramianBalancer):
         tensor([0.0766, 0.9985, 0.9985])
 
     Source: Navon et al. 2022, Claim 3.1. Difference: solved by Newton's method on ½αᵀGα − Σ log α_k, which has the same
-    stationary point, instead of a sequence of convex programs; no dependence on a solver that may be missing.
+    stationary point (of two tasks: α_k = 1/(‖g_k‖·√(1 + cosine))), instead of a sequence of convex programs; no
+    dependence on a solver that may be missing.
     """
 
     method: ClassVar[str] = "Nash-MTL"

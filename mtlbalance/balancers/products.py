@@ -123,9 +123,8 @@ def _products(block_KC: Tensor) -> Tensor:
     """Return the inner products of the rows."""
     if block_KC.device.type != "cpu" or len(block_KC) < _TRIANGLE_FROM:
         return block_KC @ block_KC.T
-    if (
-        len(block_KC) >= _SYMMETRIC_FROM
-    ):  # NumPy sees that it is a matrix by its own transpose, and makes one triangle
+    if len(block_KC) >= _SYMMETRIC_FROM:
+        # NumPy sees a matrix by its own transpose, and makes one triangle.
         numbers: NDArray[np.float64] = block_KC.numpy()
         return torch.from_numpy(numbers @ numbers.T)
     products_KK = block_KC.new_zeros(len(block_KC), len(block_KC))

@@ -1,7 +1,8 @@
 """Small convex solvers in float64, for K×K problems: exact active sets, no external solver.
 
 Matrices are scaled to a unit diagonal first, so that tolerances mean the same whatever the scale of the
-gradients. K is a number of tasks; each solver takes of the order of K steps of a K×K linear solve.
+gradients. K is a number of tasks; each solver takes a few, at most of the order of K, steps of a K×K linear solve. Two
+tasks have closed forms, in Python's own numbers: in a training step an operation of NumPy's takes microseconds.
 """
 
 from __future__ import annotations
