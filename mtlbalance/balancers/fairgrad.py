@@ -68,10 +68,4 @@ class FairGradLoss(GramianBalancer):
 
     def solve(self, gramian: Array, losses: Array) -> Array:  # noqa: ARG002
         """Return the positive solution of Gw = w^(−1/α)."""
-        power = 1.0 / self.alpha
-        # One common scale is taken out: w = scale^(−1/(1 + 1/α)) · v with G/scale.
-        scale = float(np.exp(np.log(gramian.diagonal()).mean()))
-        unit = gramian / scale
-        unit = unit + 1e-10 * np.diag(unit.diagonal())
-        solved = barrier_newton(unit, power)
-        return np.asarray(solved * scale ** (-1.0 / (1.0 + power)))
+        return barrier_newton(gramian + 1e-10 * np.diag(gramian.diagonal()), 1.0 / self.alpha)

@@ -192,36 +192,34 @@ def barrier_newton(gramian: Array, power: float = 1.0) -> Array:
     """Solve Gw = w^(−power), elementwise, for w > 0, by damped Newton steps.
 
     The solution minimises a convex function, ½wᵀGw less an integral of w^(−power), so a step that lowers it always
-    exists. For two tasks and a power of 1 it is w_k = 1/(‖g_k‖·√(1 + cosine)).
+    exists. In v_k = w_k/a_k, where a_k solves the equation of task k alone, the scales of the tasks are gone. For two
+    tasks and a power of 1 the solution is w_k = 1/(‖g_k‖·√(1 + cosine)).
 
     Args:
         gramian: G, (K, K), positive semidefinite, with a positive diagonal; no two rows exactly opposed.
         power: > 0.
     """
-    diagonal = gramian.diagonal()
     if len(gramian) == 2 and power == 1.0:
         (first, cross), (_, second) = gramian.tolist()
         ratio = math.sqrt(first / second)
         if (sums := first + cross * ratio) > 0.0:
             return np.array([1.0, ratio]) / math.sqrt(sums)
-    weights: Array = diagonal ** (-1.0 / (1.0 + power))  # the solution of each task alone
+    alone = gramian.diagonal() ** (-1.0 / (1.0 + power))
+    matrix = gramian * np.outer(alone**power, alone)  # its diagonal is 1
+    values: Array = np.ones(len(gramian))
     for _ in range(200):
-        slope = weights**-power
-        curvature = gramian.copy()
-        curvature.ravel()[:: len(gramian) + 1] += power * slope / weights
-        residual = gramian @ weights - slope
-        step = np.linalg.solve(curvature, residual)  # positive definite: its diagonal was raised
-        decrement = float(residual @ step)
-        shares = step / weights
-        length = min(1.0, 0.9 / max(float(shares.max()), 0.9))
-        # Close to the solution full steps converge quadratically; far from it, damp as self-concordance asks.
-        if decrement > 0.25:
-            length = min(length, 1.0 / (1.0 + math.sqrt(decrement)))
-        weights = weights - length * step
-        # What is left after a full step is about its square, and the decrement is a square already.
-        if decrement <= 1e-18 or float(np.abs(shares).max()) <= 1e-15:
+        slope = values**-power
+        curvature = matrix.copy()
+        curvature.ravel()[:: len(matrix) + 1] += power * slope / values
+        step = np.linalg.solve(curvature, matrix @ values - slope)
+        shares = step / values
+        largest = float(np.abs(shares).max())
+        # Close to the solution full steps converge quadratically; far from it, damp, and stay positive.
+        length = 1.0 if largest <= 0.5 else min(1.0 / (1.0 + largest), 0.9 / max(float(shares.max()), 0.9))
+        values = values - length * step
+        if largest <= 1e-8:  # what is left after a full step is about its square
             break
-    return weights
+    return values * alone
 
 
 def _equality_qp(

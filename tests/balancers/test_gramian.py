@@ -430,14 +430,18 @@ def test_cagrad_has_the_worst_case_of_its_objective(seed, count, rank, spread, c
         assert objective(found) <= objective(0.999 * found + 0.001 * candidate) + 1e-9 * size
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    seed=st.integers(0, 100_000), count=st.integers(1, 8), power=st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0])
+    seed=st.integers(0, 100_000),
+    count=st.integers(1, 8),
+    power_and_spread=st.sampled_from([(0.1, 0.0), (0.5, 4.0), (1.0, 10.0), (2.0, 3.0), (10.0, 0.0)]),
 )
-def test_newton_solves_nash_and_fairness_equations(seed, count, power):
+def test_newton_solves_nash_and_fairness_equations(seed, count, power_and_spread):
+    power, spread = power_and_spread
     generator = np.random.default_rng(seed)
-    rows = generator.normal(size=(count, count + 1))
+    rows = generator.normal(size=(count, count + 5))
+    rows *= 10 ** generator.uniform(-spread, spread, size=(count, 1))  # norms that differ by up to 20 orders
     gramian = rows @ rows.T
     weights = barrier_newton(gramian, power)
     assert weights.min() > 0
-    np.testing.assert_allclose(gramian @ weights, weights**-power, rtol=1e-8)
+    np.testing.assert_allclose(gramian @ weights, weights**-power, rtol=1e-7)
