@@ -48,7 +48,7 @@ FULL = {
     "end_to_end": "end_to_end.py --models mlp --rounds 5 --epochs 3 --steps 120",
     "end_to_end_speed": "end_to_end.py --models mlp --rounds 30 --epochs 3 --steps 120 --no-parts",
     "end_to_end_study": "end_to_end.py --models study --hidden-size 32 --batch-size 64 --steps 40 --watched 64 "
-    "--epochs 3 --rounds 12 --no-parts",
+    "--epochs 5 --rounds 16 --no-parts",
     "scaling": "scaling.py --only tasks ranks",
     "scaling_parameters": "scaling.py --only parameters",
     "allocator": "allocator.py --rounds 3 --hidden-size 128",
