@@ -73,11 +73,7 @@ def measure_workload(
     failures = {name: entry.failure for name, entry in entries.items() if entry.failure}
     steps = {name: entry.slice_steps for name, entry in entries.items()}
     return {
-        "workload": workload.name,
-        "family": workload.family,
-        "tasks": len(workload.tasks),
-        "batch_size": len(workload.inputs),
-        "trunk_numbers": workload.trunk_numbers,
+        **workload.described(),
         **_compared(variants, seconds, failures),
         "steps_per_slice": steps,
     }

@@ -73,11 +73,7 @@ def measure_workload(workload: Workload, rounds: Rounds) -> dict[str, Any]:
     plain = ceilings.of(PLAIN)
     multiplying, moving = plain_at_the_ceilings(counts, ceilings, workload)
     return {
-        "workload": workload.name,
-        "family": workload.family,
-        "tasks": len(workload.tasks),
-        "batch_size": len(workload.inputs),
-        "trunk_numbers": workload.trunk_numbers,
+        **workload.described(),
         "plain_seconds": float(np.median(plain)),
         "flops": flops_of(counts),
         "plain_products": _ratio(multiplying, plain),

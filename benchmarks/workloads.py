@@ -52,6 +52,16 @@ class Workload:
         """How many numbers the trunk's parameters hold."""
         return sum(parameter.numel() for parameter in self.model.get_submodule("trunk").parameters())
 
+    def described(self) -> dict[str, Any]:
+        """Return what figures say of the workload that they are of."""
+        return {
+            "workload": self.name,
+            "family": self.family,
+            "tasks": len(self.tasks),
+            "batch_size": len(self.inputs),
+            "trunk_numbers": self.trunk_numbers,
+        }
+
     def losses(self, predictions: dict[str, Tensor], per_sample: Collection[str] = ()) -> Losses:
         """Return each task's mean loss; for those named, one value a sample."""
         found = {}
