@@ -69,7 +69,8 @@ def write(folder: Path) -> Path:
     shown = draw(figures) if can_draw else {}
     parts = [
         f"# {folder.name}",
-        f"Measured on: {in_words(figures.machine())}. How to read it: [benchmarks](../../README.md).",
+        f"Measured on: {in_words(figures.machine())}. How to read it: [benchmarks](../../README.md). What was "
+        "tried, with what was expected and found: [a table](../../README.md#what-was-tried-and-what-is-left).",
         *figures.commits(),
     ]
     if not can_draw:

@@ -134,6 +134,24 @@ def test_measuring_every_nth_call_gives_the_same_weights_when_it_measures(every)
     assert np.isfinite(list(sparing.report()["grad_norm"].values())).all()
 
 
+@pytest.mark.parametrize("norms", [[500.0, 1.0], [1.0, 3.0], [1.0, 10.0, 100.0, 1000.0]])
+def test_between_measurements_the_weights_stay_near_the_exact_ones(norms):
+    """With the study's constants, measuring every tenth call, and norms that do not change."""
+    theta = torch.zeros(2, requires_grad=True)
+    names = tuple(f"task_{index}" for index in range(len(norms)))
+    exact, sparing = GABALoss(names), GABALoss(names, update_every=10)
+    apart, measured_apart = 0.0, 0.0
+    for call in range(400):
+        exact(*losses_with_norms(norms, theta), shared_params=[theta])
+        sparing(*losses_with_norms(norms, theta), shared_params=[theta])
+        differences = [abs(exact.get_weights()[name] - sparing.get_weights()[name]) for name in names]
+        apart = max(apart, *differences)
+        if call >= 100 and call % 10 == 0:
+            measured_apart = max(measured_apart, *differences)
+    assert 0.0 < apart <= 0.045
+    assert measured_apart <= 1e-5
+
+
 def test_between_measurements_one_pass_is_made():
     trunk = torch.nn.Linear(3, 3)
     balancer = GABALoss(("a", "b"), warmup_steps=2, update_every=4)
