@@ -1,6 +1,6 @@
 """Run all benchmarks one after another, each in a process of its own; figures go to one folder.
 
-    make bench                                # the full form: about half an hour
+    make bench                                # the full form: about an hour
     python benchmarks/suite.py --quick        # minutes: smaller models, fewer rounds, wider intervals
     taskset -c 1 python benchmarks/suite.py --libmtl ~/src/LibMTL --out runs/bench
 
@@ -95,7 +95,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="minutes instead of half an hour")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour")
     parser.add_argument("--libmtl", type=Path, metavar="PATH", help="a checkout of LibMTL to measure beside")
     parser.add_argument("--only", nargs="+", choices=list(FULL), metavar="PART", help="run these parts only")
     parser.add_argument("--device", default="cpu", help="cpu | cuda | cuda:N")
