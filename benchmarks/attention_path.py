@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_words, machine, markdown_header, markdown_row, paired_ratio, rounded, write_json
+from measuring import begin, markdown_header, markdown_row, paired_ratio, rounded, write_json
 from rounds import Entry, Rounds, clock_of, measure
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -85,10 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the figures."""
     args = parse_arguments(argv)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    where = machine(threads=1)
-    print(in_words(where))
+    where = begin()
     least, most = args.rounds
     rounds = Rounds(least, most, budget_seconds=args.seconds)
     shapes = [(width, length) for width in args.widths for length in args.lengths]

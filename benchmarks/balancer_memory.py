@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 import workloads
 from live_bytes import live_bytes
-from measuring import in_words, machine, markdown_header, markdown_row, write_json
+from measuring import begin, markdown_header, markdown_row, write_json
 from selection import add_arguments, chosen_variants
 from variants import PLAIN, Variant
 from workloads import Workload
@@ -138,10 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.peers:
         warnings.simplefilter("ignore")  # theirs; ours give none
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    where = machine(1, str(args.device))
-    print(in_words(where))
+    where = begin(device=str(args.device))
     assert args.variants[0].name == PLAIN
     results = []
     for count in args.tasks:

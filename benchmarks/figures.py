@@ -51,9 +51,9 @@ class Figures:
             found |= {key: value for key, value in self.parts.get(part, {}).items() if key != "machine"}
         return found
 
-    def finest(self, part: str) -> Iterator[Row]:
-        """Yield the results of a part that measured few methods in many rounds, else those of all methods."""
-        return self.workloads(part if part in self.parts else "steps_mlp")
+    def finest(self, part: str, otherwise: str = "steps_mlp") -> Iterator[Row]:
+        """Yield the results of a part that measured little in many rounds, else those of one that measured all."""
+        return self.workloads(part if part in self.parts else otherwise)
 
     def workloads(self, *parts: str) -> Iterator[Row]:
         """Yield the results of the step benchmarks, a workload at a time."""

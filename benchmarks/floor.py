@@ -15,7 +15,7 @@ Counted, operation by operation, as PyTorch performs them (counting.py):
 The ceilings (ceilings.py) are taken alone, over and over, so that all is in the caches: every product as torch takes
 it, by its BLAS; an LSTM layer with all that it does; for other FLOPs the fastest of these; for bytes copying blocks of
 512 KiB to 128 MiB, each byte at the rate of a block that is no larger. *Any kernel*: a product also by oneDNN, which
-torch takes for its LSTM but not for float32 layers. That is the floor of the machine, not of torch on it.
+torch takes for its LSTM but not for float32 layers. That is the floor of the not of torch on it.
 
 Not counted, so that a real step lies above its floor: calls and allocations of operations, caches that hold other
 numbers than those wanted, the operands of products, rules on K numbers.
@@ -46,8 +46,7 @@ from counting import StepCounts, count_step
 from floor_forms import NUMBER_BYTES, factored_layers, forms
 from measuring import (
     Ratio,
-    in_words,
-    machine,
+    begin,
     markdown_header,
     markdown_row,
     paired_ratio,
@@ -187,10 +186,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Count, measure, print each workload's floors, and write the figures as they come."""
     args = parse_arguments(argv)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    where = machine(threads=1, device=str(args.device))
-    print(in_words(where))
+    where = begin(device=str(args.device))
     rounds = Rounds(args.rounds, args.rounds, slice_seconds=args.slice_seconds)
     results = []
     for workload in chosen_workloads(args):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _LISTS_OF_NUMBERS = re.compile(r"\[\s+([-+\d.eE,\s]+?)\s+\]")
 
@@ -40,11 +41,7 @@ def paired_ratio(seconds: Sequence[float], baseline_seconds: Sequence[float]) ->
     Pairing within a round cancels what slows the whole machine for a while. Both start at the first round; where
     one was measured for longer, the rounds that only one has are left out.
     """
-    count = min(len(seconds), len(baseline_seconds))
-    ratios = np.asarray(seconds[:count]) / np.asarray(baseline_seconds[:count])
-    drawn = np.random.default_rng(0).choice(ratios, size=(2000, count))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return _bootstrapped(_in_pairs(seconds, baseline_seconds))
 
 
 def pooled_ratio(seconds: Sequence[Sequence[float]], baseline_seconds: Sequence[Sequence[float]]) -> Ratio:
@@ -53,12 +50,32 @@ def pooled_ratio(seconds: Sequence[Sequence[float]], baseline_seconds: Sequence[
     Where a process puts its tensors makes a step up to some per cent faster or slower, and all rounds of the
     process alike, so that an interval over the rounds of one is too narrow.
     """
-    if len(seconds) == 1:
-        return paired_ratio(seconds[0], baseline_seconds[0])
-    medians = np.array([paired_ratio(*pair).median for pair in zip(seconds, baseline_seconds, strict=True)])
-    drawn = np.random.default_rng(0).choice(medians, size=(2000, len(medians)))
+    ratios = [_in_pairs(*pair) for pair in zip(seconds, baseline_seconds, strict=True)]
+    return _bootstrapped(ratios[0] if len(ratios) == 1 else np.array([np.median(one) for one in ratios]))
+
+
+def _in_pairs(seconds: Sequence[float], baseline_seconds: Sequence[float]) -> NDArray[np.float64]:
+    count = min(len(seconds), len(baseline_seconds))
+    ratios: NDArray[np.float64] = np.asarray(seconds[:count]) / np.asarray(baseline_seconds[:count])
+    return ratios
+
+
+def _bootstrapped(ratios: NDArray[np.float64]) -> Ratio:
+    """Return the median with its interval."""
+    drawn = np.random.default_rng(0).choice(ratios, size=(2000, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return Ratio(float(np.median(medians)), float(low), float(high))
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def begin(threads: int = 1, device: str = "cpu") -> dict[str, str | int]:
+    """Take so many threads and a fixed seed, print what is measured on, and return it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    where = machine(threads, device)
+    print(in_words(where))
+    return where
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, str | int]:

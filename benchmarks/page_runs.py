@@ -14,7 +14,7 @@ _STUDY_SAMPLES_A_SECOND = 31_625  # on its GPU, as it reports
 def run_section(figures: Figures) -> Iterator[str]:
     """Whole runs."""
     parts = ("end_to_end", "end_to_end_speed", "end_to_end_study")
-    results = [result for part in parts if part in figures for result in figures[part]["results"]]
+    results = list(figures.workloads(*parts))
     if not results:
         return
     yield "## `mtlbalance run` beside a bare hand-written loop"

@@ -25,7 +25,7 @@ import methods
 import torch
 import workloads
 from balancer_step import measure_workload, print_result
-from measuring import in_words, machine, markdown_header, markdown_row, paired_ratio, write_json
+from measuring import begin, markdown_header, markdown_row, paired_ratio, write_json
 from rank_steps import PLAIN, WAYS
 from rounds import Rounds
 from variants import FLOORS, GABA_FORMS, method_variant
@@ -170,10 +170,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the tables, and write the figures as they come."""
     args = parse_arguments(argv)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    where = machine(1, str(args.device))
-    print(in_words(where))
+    where = begin(device=str(args.device))
     least, most = args.rounds
     rounds = Rounds(least, most, args.tolerance, budget_seconds=args.seconds)
     content: dict[str, Any] = {"machine": where}

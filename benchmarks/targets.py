@@ -47,13 +47,11 @@ def outcomes(figures: Figures) -> Iterator[Outcome]:
     if "import_time" in figures:
         ratio = figures["import_time"]["ratios"]["from mtlbalance import GABALoss"]
         yield Outcome("`from mtlbalance import GABALoss` to `import torch`", "", 1.05, Ratio(**ratio))
-    alone = "end_to_end_speed" if "end_to_end_speed" in figures else "end_to_end"
-    for part in (alone, "end_to_end_study"):
-        for result in figures[part]["results"] if part in figures else []:
-            what = "speed of `mtlbalance run` to the bare loop's"
-            yield Outcome(
-                what, f"{result['family']} run", 0.97, Ratio(**result["speed"]["mtlbalance run"]), least=True
-            )
+    runs = (*figures.finest("end_to_end_speed", "end_to_end"), *figures.workloads("end_to_end_study"))
+    for result in runs:
+        what = "speed of `mtlbalance run` to the bare loop's"
+        speed = Ratio(**result["speed"]["mtlbalance run"])
+        yield Outcome(what, f"{result['family']} run", 0.97, speed, least=True)
 
 
 def gaba_bounds(result: Row) -> dict[str, float]:

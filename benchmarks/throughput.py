@@ -25,7 +25,7 @@ from typing import Any
 import methods
 import torch
 import workloads
-from measuring import in_words, machine, markdown_header, markdown_row, paired_ratio, rounded, write_json
+from measuring import begin, markdown_header, markdown_row, paired_ratio, rounded, write_json
 from rounds import Entry, Rounds, clock_of, measure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -282,13 +282,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the tables, and write the figures as they come."""
     args = parse_arguments(argv)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    where = begin(device=str(args.device))
     on_cuda = args.device.type == "cuda"
     rungs = [rung for rung in RUNGS if on_cuda or not rung.needs_cuda]
     samples = samples_of(args)
-    where = machine(1, str(args.device))
-    print(in_words(where))
     left_out = [rung.name for rung in RUNGS if rung not in rungs]
     figures: dict[str, Any] = {"machine": where, "workload": samples.name, "needs_cuda": left_out}
     if left_out:

@@ -277,7 +277,10 @@ class Balancer(TaskState, ABC):
             raise no_losses(self.tasks, several_ranks=several_ranks)
         weights = self.sample_weights_of(present, check_sample_weights(sample_weights, self.tasks), context)
         reduced = reduce_losses(present, weights)
-        return {index: reduced[task] for index, task in enumerate(self.tasks) if task in reduced}, zeros
+        return self._by_index(reduced), zeros
+
+    def _by_index(self, losses: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        return {index: losses[task] for index, task in enumerate(self.tasks) if task in losses}
 
     def _stack(
         self, losses: Mapping[int, Tensor], zeros: Sequence[Tensor] = ()

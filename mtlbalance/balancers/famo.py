@@ -156,9 +156,7 @@ class FAMOLoss(Balancer):
         if not present and (ranks is None or not empty):
             raise no_losses(self.tasks, several_ranks=ranks is not None)
         reduced = reduce_losses(present, weights)
-        _, losses_K, present_K = self._stack(
-            {self.tasks.index(task): loss for task, loss in reduced.items()}, empty
-        )
+        _, losses_K, present_K = self._stack(self._by_index(reduced), empty)
         if ranks is not None:
             losses_K, counts_K = ranks.mean_losses(losses_K, present_K)
             present_K = counts_K > 0

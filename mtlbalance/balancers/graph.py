@@ -126,11 +126,9 @@ def trace(losses: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Reach:
     several: list[Tensor] = []
     for node in leaf_nodes:
         leaf: Tensor = node.variable
-        if (
-            not leaf.requires_grad or id(leaf) in shared_ids
-        ):  # frozen after the forward pass, or what was asked for
-            continue
-        (several if node in met else own[first_by[node]]).append(leaf)
+        # Not what was frozen after the forward pass, nor what was asked for.
+        if leaf.requires_grad and id(leaf) not in shared_ids:
+            (several if node in met else own[first_by[node]]).append(leaf)
     for index, loss in enumerate(losses):
         if loss.is_leaf and loss.requires_grad and id(loss) not in shared_ids:
             own[index].append(loss)  # a loss that is itself a parameter

@@ -86,14 +86,16 @@ def _block(pieces: Sequence[Gradients]) -> Tensor:
     sizes = [next(gradient.numel() for gradient in piece if gradient is not None) for piece in pieces]
     count, width = len(pieces[0]), sum(sizes)
     numbers = _memory(count * width, device)
-    targets = list(torch.split(numbers, sizes * count))
-    sources = [piece[task] for task in range(count) for piece in pieces]
-    if any(source is None for source in sources):
-        for target, source in zip(targets, sources, strict=True):
-            if source is None:
-                target.zero_()
-        targets = [target for target, source in zip(targets, sources, strict=True) if source is not None]
-    torch._foreach_copy_(targets, [source for source in sources if source is not None])
+    given = (piece[task] for task in range(count) for piece in pieces)
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for target, source in zip(torch.split(numbers, sizes * count), given, strict=True):
+        if source is None:
+            target.zero_()
+        else:
+            targets.append(target)
+            sources.append(source)
+    torch._foreach_copy_(targets, sources)
     return numbers.view(count, width)
 
 
